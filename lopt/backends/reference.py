@@ -1,0 +1,583 @@
+"""The update rule in PyTorch: the definition of what is right, and the differentiable form for meta-training.
+
+First half: the rule as functions of flat tensors. One call advances all tensors of a model, laid one behind the other in
+a vector of n parameters; `Segments` says where each begins. Shapes carry leading batch dimensions `*B` throughout: many
+independent models advance in lock-step, and meta-parameters may have them too (one optimizer per model). Everything is
+differentiable, twice where the gradients fed in are. Letters and order are those of Wichrowska et al. 2017, section 3,
+and of its published code.
+
+Second half: the three stages over lists of parameter tensors that every backend has, on top of the same functions.
+
+Checked by tests/backends/test_reference.py against recordings of the original code.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.config import DIRECTION_EPS, EXTREME_LOG_LR, FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, SHORTCUT_LOG_LR, HRNNConfig
+from lopt.metaparams import MetaParams
+
+Meta = Mapping[str, Tensor]
+
+
+class Segments:
+    """The tensors of a model as consecutive segments of one vector.
+
+    Args:
+        sizes: number of parameters of each tensor, at least one each.
+        device: where the vectors live.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"segment sizes must be positive, got {list(sizes)}")
+        self.sizes = tuple(sizes)
+        self.total = sum(self.sizes)
+        self.bounds = tuple(itertools.pairwise([0, *itertools.accumulate(self.sizes)]))
+        self.lengths = torch.tensor(self.sizes, device=device)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over each tensor: [..., n] -> [..., T]."""
+        return _SegmentSum.apply(values, self)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Repeat each tensor's value for its parameters: [..., T] -> [..., n]."""
+        return _SegmentExpand.apply(values, self)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each tensor: [..., n] -> [..., T]."""
+        return self.sum(values) / self.lengths
+
+    def any_nonzero(self, values: Tensor) -> Tensor:
+        """Whether a tensor has a non-zero value: [..., n] -> [..., T], bool; no gradient."""
+        return self.sum((values.detach() != 0).to(values.dtype)) > 0
+
+
+class _SegmentSum(torch.autograd.Function):
+    """Sum and expand are each other's transpose, so their derivatives of every order are these two again."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        out = values.new_empty(*values.shape[:-1], len(segments))
+        for index, (begin, end) in enumerate(segments.bounds):
+            torch.sum(values[..., begin:end], -1, out=out[..., index])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        return _SegmentExpand.apply(cotangents[0], ctx.segments), None
+
+
+class _SegmentExpand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        return torch.repeat_interleave(values, segments.lengths, dim=-1, output_size=segments.total)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        return _SegmentSum.apply(cotangents[0], ctx.segments), None
+
+
+class FlatState(NamedTuple):
+    """State of a model whose T tensors are n parameters in one vector; leading batch dimensions `*B`."""
+
+    hidden: Tensor  # [*B, H0, n]
+    accum: Tensor  # [*B, S, n] moving averages of the gradient
+    ms: Tensor  # [*B, S, n] moving averages of accum^2
+    grad_decay: Tensor  # [*B, n] decay of the shortest average in the next step
+    scale_decay: Tensor  # [*B, n] decay of the mean squares in the next step
+    log_lr: Tensor | None  # [*B, n] natural log of the learning rate
+    log_lr_mean: Tensor | None  # [*B, T]
+    tensor_hidden: Tensor | None  # [*B, T, H1]
+    global_hidden: Tensor | None  # [*B, H2]
+
+    def detach(self) -> FlatState:
+        """The same numbers, cut from the graph: what truncation between unrolls does."""
+        return FlatState(*(value if value is None else value.detach() for value in self))
+
+
+class Sums(NamedTuple):
+    """Columns of the per-tensor sums table, [*B, T, K]."""
+
+    hidden: slice
+    features: slice
+    direction: int
+    log_lr: int
+    attention: int | None
+    count: int
+
+
+def sums_columns(config: HRNNConfig) -> Sums:
+    """Where each sum stands: hidden, features, direction^2, log lr and, with attention, attention direction^2."""
+    h0, d = config.hidden_size, config.num_features
+    attention = h0 + d + 2 if config.attention else None
+    return Sums(slice(0, h0), slice(h0, h0 + d), h0 + d, h0 + d + 1, attention, h0 + d + 2 + config.attention)
+
+
+def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: Tensor) -> FlatState:
+    """State before the first step; gradients flow into the initial hidden states.
+
+    Args:
+        meta: meta-parameters.
+        config: their architecture.
+        segments: the model's tensors.
+        log_lr: [*B, n] initial log learning rates; their dtype and device are the state's.
+    """
+    batch, n, tensors = log_lr.shape[:-1], segments.total, len(segments)
+    zeros = log_lr.new_zeros(*batch, config.timescales, n)
+    return FlatState(
+        hidden=meta["level0.init"][..., None].expand(*batch, config.hidden_size, n),
+        accum=zeros,
+        ms=zeros,
+        grad_decay=zeros[..., 0, :],
+        scale_decay=zeros[..., 0, :],
+        log_lr=log_lr if config.dynamic_output_scale else None,
+        log_lr_mean=segments.mean(log_lr) if config.dynamic_output_scale else None,
+        tensor_hidden=_level_init(meta, 1, (*batch, tensors, config.tensor_size)) if config.levels >= 2 else None,
+        global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
+    )
+
+
+def _level_init(meta: Meta, level: int, shape: tuple[int, ...]) -> Tensor:
+    init = meta[f"level{level}.init"]
+    return (init[..., None, :] if level == 1 else init).expand(shape)
+
+
+def _affine(meta: Meta, name: str, rows: Tensor) -> Tensor:
+    """[*B, m, in] -> [*B, m, out]."""
+    return rows @ meta[f"{name}.weight"] + meta[f"{name}.bias"][..., None, :]
+
+
+def _dot(weight: Tensor, columns: Tensor) -> Tensor:
+    """[*B, f], [*B, f, n] -> [*B, n]."""
+    return (weight[..., None, :] @ columns)[..., 0, :]
+
+
+def _gru(meta: Meta, name: str, x: Tensor, h: Tensor, injected: Tensor | None, *, columns: bool) -> Tensor:
+    """GRU whose reset gate multiplies the state before the matrix product; the update gate keeps the old state.
+
+    Args:
+        x, h: inputs and state; [*B, in, n] and [*B, H, n] with `columns`, otherwise [*B, m, in] and [*B, m, H].
+        injected: what higher levels add to reset gate, update gate and candidate; 3H wide, broadcastable, or None.
+    """
+    axis = -2 if columns else -1
+
+    def affine(part: str, inputs: Tensor) -> Tensor:
+        if columns:
+            return meta[f"{name}.{part}.weight"].mT @ inputs + meta[f"{name}.{part}.bias"][..., None]
+        return _affine(meta, f"{name}.{part}", inputs)
+
+    gates = affine("gates", torch.cat([x, h], axis))
+    size = h.shape[axis]
+    if injected is not None:
+        gates = gates + injected.narrow(axis, 0, 2 * size)
+    reset, update = torch.sigmoid(gates).chunk(2, axis)
+    candidate = affine("candidate", torch.cat([x, reset * h], axis))
+    if injected is not None:
+        candidate = candidate + injected.narrow(axis, 2 * size, size)
+    return update * h + (1 - update) * torch.tanh(candidate)
+
+
+def _decay_ladder(decay: Tensor, timescales: int) -> Tensor:
+    """[*B, n] -> [*B, S, n]."""
+    ladder = [decay]
+    for _ in range(timescales - 1):
+        ladder.append(torch.sqrt(ladder[-1]))  # each timescale is twice the one before
+    return torch.stack(ladder, -2)
+
+
+def read_decays(meta: Meta, config: HRNNConfig, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays for the step after the one that left `hidden`: [*B, H0, n] -> grad_decay, scale_decay, [*B, n] each."""
+    fixed = torch.ones_like(hidden[..., 0, :])
+    grad_decay, scale_decay = FIXED_GRAD_DECAY * fixed, FIXED_SCALE_DECAY * fixed
+    if config.reads_grad_decay:
+        grad_decay = torch.sigmoid(_dot(meta["grad_decay.weight"], hidden) + meta["grad_decay.bias"][..., None])
+    if config.learnable_decay:
+        scale_decay = torch.sigmoid(_dot(meta["scale_decay.weight"], hidden) + meta["scale_decay.bias"][..., None])
+    return grad_decay, scale_decay
+
+
+def injected_bias(meta: Meta, tensor_hidden: Tensor | None, global_hidden: Tensor | None) -> Tensor | None:
+    """What the tensor and global states add to each tensor's parameter GRU: [*B, T, 3*H0], or None with one level."""
+    if tensor_hidden is None:
+        return None
+    injected = _affine(meta, "level0.from_level1", tensor_hidden)
+    if global_hidden is not None:
+        injected = injected + _affine(meta, "level0.from_level2", global_hidden[..., None, :])
+    return injected
+
+
+def mean_log_lr(config: HRNNConfig, log_lr_mean: Tensor, numel: Tensor) -> Tensor:
+    """What each tensor's log lr is taken relative to: [*B, T] -> [*B, T]."""
+    if config.relative_log_lr == "problem":
+        problem = (log_lr_mean * numel).sum(-1, keepdim=True) / numel.sum()
+        return problem.expand_as(log_lr_mean)
+    return log_lr_mean
+
+
+def scaled_gradients(
+    config: HRNNConfig, segments: Segments, grad: Tensor, accum: Tensor, ms: Tensor, grad_decay: Tensor, scale_decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient averages over the timescales, their mean squares, and the averages in units of their root mean square.
+
+    Args:
+        grad: [*B, n]. accum, ms: [*B, S, n]. grad_decay, scale_decay: [*B, n].
+
+    Returns:
+        New accum, new ms and the scaled averages, compressed by asinh, [*B, S, n] each.
+    """
+    s = config.timescales
+    if s > 1:
+        decay = _decay_ladder(grad_decay, s)
+        accum = (1 - decay) * grad[..., None, :] + decay * accum
+    else:
+        accum = grad[..., None, :]
+    if config.multiple_scale_decays and s > 1:
+        decay = _decay_ladder(scale_decay, s)
+    else:
+        decay = scale_decay[..., None, :]
+    # A timescale whose mean squares are zero throughout a tensor has no past to average with.
+    decay = decay * segments.expand(segments.any_nonzero(ms).to(ms.dtype))
+    ms = (1 - decay) * (accum.square() + config.ms_eps) + decay * ms
+    return accum, ms, torch.asinh(accum / torch.sqrt(ms + config.rms_eps))
+
+
+def features(
+    config: HRNNConfig, segments: Segments, scaled: Tensor, ms: Tensor, log_lr: Tensor | None, relative_to: Tensor | None
+) -> Tensor:
+    """Inputs of the parameter GRU in the order of `config.features`: [*B, D, n].
+
+    Args:
+        scaled, ms: [*B, S, n]. log_lr: [*B, n]. relative_to: [*B, T], what each tensor's log lr is measured from.
+    """
+    columns = [scaled]
+    if config.gradient_products:
+        columns.append(scaled[..., :-1, :] * scaled[..., 1:, :])
+    if config.log_ms_features:
+        log_ms = torch.log(ms + config.rms_eps)
+        columns.append(log_ms - log_ms.mean(-2, keepdim=True))
+    if config.relative_log_lr:
+        assert log_lr is not None and relative_to is not None
+        columns.append((log_lr - segments.expand(relative_to))[..., None, :])
+    if config.extreme_indicator:
+        assert log_lr is not None
+        columns.append((torch.relu(log_lr) - torch.relu(EXTREME_LOG_LR - log_lr))[..., None, :])
+    if config.lr_shortcut:
+        assert log_lr is not None
+        columns.append((log_lr - SHORTCUT_LOG_LR)[..., None, :])
+    return torch.cat(columns, -2)
+
+
+class Advanced(NamedTuple):
+    """What `advance_flat` returns: the new per-parameter state, the un-normalised updates and the per-tensor sums."""
+
+    hidden: Tensor  # [*B, H0, n]
+    accum: Tensor  # [*B, S, n]
+    ms: Tensor  # [*B, S, n]
+    log_lr: Tensor | None  # [*B, n]
+    update: Tensor  # [*B, n] exp(log step) * direction
+    attention_update: Tensor | None  # [*B, n]
+    sums: Tensor  # [*B, T, K], columns: sums_columns
+
+
+def advance_flat(
+    meta: Meta, config: HRNNConfig, segments: Segments, grad: Tensor, state: FlatState, numel: Tensor | None = None
+) -> Advanced:
+    """Per parameter: features, parameter GRU, read-outs; per tensor: sums. Uses the old tensor and global states.
+
+    Args:
+        meta: meta-parameters. config: their architecture. segments: the model's tensors.
+        grad: [*B, n] gradient, any scale.
+        state: before the step.
+        numel: [T] parameters of each whole tensor, where the segments hold shards of them.
+    """
+    numel = segments.lengths if numel is None else numel
+    accum, ms, scaled = scaled_gradients(
+        config, segments, grad, state.accum, state.ms, state.grad_decay, state.scale_decay)
+    relative_to = mean_log_lr(config, state.log_lr_mean, numel) if state.log_lr_mean is not None else None
+    x = features(config, segments, scaled, ms, state.log_lr, relative_to)
+    injected = injected_bias(meta, state.tensor_hidden, state.global_hidden)
+    hidden = _gru(meta, "level0", x, state.hidden, injected if injected is None else segments.expand(injected.mT), columns=True)
+
+    def direction(name: str) -> Tensor:
+        value = _dot(meta[f"{name}.weight"], hidden)
+        return value + _dot(meta[f"{name}.shortcut"], scaled) if config.gradient_shortcut else value
+
+    log_lr, zeros = state.log_lr, torch.zeros_like(grad)
+    update = direction("direction")
+    attention_update = direction("attention") if config.attention else None
+    squares = [update.square()] + ([attention_update.square()] if attention_update is not None else [])
+    if log_lr is not None:
+        log_step = log_lr + _dot(meta["log_lr.weight"], hidden) + meta["log_lr.bias"][..., None]
+        # The value is clipped, the gradient passes as if it were not.
+        log_step = log_step + (log_step.clamp(config.log_lr_min, config.log_lr_max) - log_step).detach()
+        momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
+        log_lr = momentum * log_lr + (1 - momentum) * log_step
+        update = torch.exp(log_step + meta["log_step.offset"][..., None]) * update
+        if attention_update is not None:
+            attention_update = torch.exp(log_step) * attention_update
+    rows = [hidden, x, squares[0][..., None, :], (zeros if log_lr is None else log_lr)[..., None, :]]
+    rows += [square[..., None, :] for square in squares[1:]]
+    sums = segments.sum(torch.cat(rows, -2)).mT
+    return Advanced(hidden, accum, ms, log_lr, update, attention_update, sums)
+
+
+class Summary(NamedTuple):
+    """What `summarise_flat` returns: the new per-tensor and global state, and the factors of the updates."""
+
+    tensor_hidden: Tensor | None  # [*B, T, H1]
+    global_hidden: Tensor | None  # [*B, H2]
+    log_lr_mean: Tensor | None  # [*B, T]
+    scale: Tensor  # [*B, T, 1], with attention [*B, T, 2]: 1 / root mean square of the direction
+
+
+def summarise_flat(
+    meta: Meta, config: HRNNConfig, sums: Tensor, numel: Tensor, tensor_hidden: Tensor | None, global_hidden: Tensor | None
+) -> Summary:
+    """Per tensor: GRU over the means of hidden state and features; once: the global GRU over the tensors' new states.
+
+    Args:
+        meta: meta-parameters. config: their architecture.
+        sums: [*B, T, K] of `advance_flat`. numel: [T] parameters of each tensor.
+        tensor_hidden: [*B, T, H1], global_hidden: [*B, H2]; both before the step.
+    """
+    columns = sums_columns(config)
+    means = sums / numel[:, None]
+    if tensor_hidden is not None:
+        injected = None
+        if global_hidden is not None:
+            injected = _affine(meta, "level1.from_level2", global_hidden[..., None, :])
+        inputs = means[..., : config.tensor_input_size]
+        tensor_hidden = _gru(meta, "level1", inputs, tensor_hidden, injected, columns=False)
+    if global_hidden is not None:
+        assert tensor_hidden is not None
+        inputs = tensor_hidden.mean(-2) if config.global_input == "mean" else tensor_hidden[..., -1, :]
+        global_hidden = _gru(
+            meta, "level2", inputs[..., None, :], global_hidden[..., None, :], None, columns=False)[..., 0, :]
+    directions = [columns.direction] + ([columns.attention] if columns.attention is not None else [])
+    squares = torch.stack([means[..., column] for column in directions], -1)
+    dynamic = config.dynamic_output_scale
+    scale = 1 / torch.sqrt(squares + DIRECTION_EPS) if dynamic else torch.ones_like(squares)
+    return Summary(tensor_hidden, global_hidden, means[..., columns.log_lr] if dynamic else None, scale)
+
+
+def step(
+    meta: Meta, config: HRNNConfig, segments: Segments, param: Tensor, grad: Tensor, state: FlatState
+) -> tuple[Tensor, Tensor, FlatState]:
+    """One whole step as a function.
+
+    Args:
+        meta: meta-parameters, optionally with leading batch dimensions. config: their architecture.
+        segments: the model's tensors.
+        param: [*B, n] parameters. grad: [*B, n] gradient. state: before the step.
+
+    Returns:
+        The new parameters [*B, n]; the point at which to take the next gradient [*B, n], the parameters themselves
+        without attention; the new state.
+    """
+    new = advance_flat(meta, config, segments, grad, state)
+    summary = summarise_flat(meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden)
+    factor = segments.expand(summary.scale.mT)
+    moved = param - factor[..., 0, :] * new.update
+    attended = moved if new.attention_update is None else param - factor[..., 1, :] * new.attention_update
+    grad_decay, scale_decay = read_decays(meta, config, new.hidden)
+    return moved, attended, FlatState(
+        new.hidden, new.accum, new.ms, grad_decay, scale_decay, new.log_lr,
+        summary.log_lr_mean, summary.tensor_hidden, summary.global_hidden)
+
+
+def unusable() -> str | None:
+    """Why this backend cannot run on this machine; None: it can, everywhere PyTorch does."""
+    return None
+
+
+def unsupported(config: HRNNConfig) -> str | None:
+    """Why this backend cannot run a configuration; None: it runs them all."""
+    return None
+
+
+def _flatten(tensors: Sequence[Tensor], size: int | None) -> Tensor:
+    """[size, *shape] each -> [size, n], or [*shape] each -> [n]."""
+    if size is None:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.reshape(size, -1) for tensor in tensors], 1)
+
+
+def _commit(targets: Sequence[Tensor], flat: Tensor, keep: Tensor) -> None:
+    """Write the parts of `flat`, [n] or [size, n], into the tensors they were flattened from, unless `keep` is true."""
+    begin = 0
+    for target in targets:
+        count = target.numel() // (flat.shape[0] if flat.dim() == 2 else 1)
+        part = flat[..., begin : begin + count].reshape(target.shape)
+        target.copy_(torch.where(keep, target, part))
+        begin += count
+
+
+@torch.no_grad()
+def advance(
+    meta: MetaParams,
+    grads: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    accum: Sequence[Tensor],
+    ms: Sequence[Tensor],
+    log_lr: Sequence[Tensor],
+    step: Sequence[Tensor],
+    tensor_hidden: Sequence[Tensor],
+    global_hidden: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    *,
+    numel: Sequence[int],
+    maximize: Sequence[bool],
+    grad_scale: Tensor | None,
+    skip: Tensor,
+    update: Tensor,
+    attention_update: Tensor | None,
+    sums: Tensor,
+) -> None:
+    """Stage 1, per parameter: features, parameter GRU, read-outs; sums per tensor.
+
+    Args:
+        meta: meta-parameters.
+        grads: T gradients, any floating dtype and strides; they are not written.
+        hidden, accum, ms, log_lr: per-parameter state, updated in place; `log_lr` is empty without a learned log lr.
+        step, tensor_hidden, global_hidden, log_lr_mean: the other state, before the step.
+        numel: parameters of each whole tensor.
+        maximize: per tensor, whether to climb.
+        grad_scale: [] what the gradients were multiplied with, or None.
+        skip: [] other than 0: nothing is changed by any stage. A non-finite gradient adds 1.
+        update, attention_update: [n], written: exp(log step) * direction; attention_update is None without attention.
+        sums: [T, K], written: sums over each tensor.
+    """
+    config, dtype = meta.config, hidden[0].dtype
+    meta = meta.to(dtype=dtype, device=hidden[0].device)
+    flat_grad = _flatten([grad.to(dtype) for grad in grads], None)
+    if grad_scale is not None:
+        flat_grad = flat_grad * grad_scale.to(dtype).reciprocal()
+    skip += (~torch.isfinite(flat_grad).all()).to(skip.dtype)
+    segments = Segments([grad.numel() for grad in grads], hidden[0].device)
+    if any(maximize):
+        sign = torch.tensor([-1.0 if climb else 1.0 for climb in maximize], dtype=dtype, device=flat_grad.device)
+        flat_grad = flat_grad * segments.expand(sign)
+    old_hidden = _flatten(hidden, config.hidden_size)
+    started = segments.expand(torch.stack(list(step)) > 0)
+    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old_hidden))
+    state = FlatState(
+        hidden=old_hidden,
+        accum=_flatten(accum, config.timescales),
+        ms=_flatten(ms, config.timescales),
+        grad_decay=grad_decay,
+        scale_decay=scale_decay,
+        log_lr=_flatten(log_lr, None) if log_lr else None,
+        log_lr_mean=torch.stack(list(log_lr_mean)) if log_lr else None,
+        tensor_hidden=torch.stack(list(tensor_hidden)) if tensor_hidden else None,
+        global_hidden=global_hidden if config.levels >= 3 else None,
+    )
+    new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
+    keep = skip != 0
+    _commit(hidden, new.hidden, keep)
+    _commit(accum, new.accum, keep)
+    _commit(ms, new.ms, keep)
+    if new.log_lr is not None:
+        _commit(log_lr, new.log_lr, keep)
+    update.copy_(new.update)
+    if attention_update is not None and new.attention_update is not None:
+        attention_update.copy_(new.attention_update)
+    sums.copy_(new.sums)
+
+
+@torch.no_grad()
+def summarise(
+    meta: MetaParams,
+    sums: Tensor,
+    tensor_hidden: Sequence[Tensor],
+    global_hidden: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    step: Sequence[Tensor],
+    *,
+    numel: Sequence[int],
+    skip: Tensor,
+    scale: Tensor,
+) -> None:
+    """Stage 2, per tensor and once: tensor GRUs, global GRU, normalisation of the directions.
+
+    Args:
+        meta: meta-parameters.
+        sums: [T, K] of `advance`.
+        tensor_hidden, global_hidden, log_lr_mean, step: updated in place.
+        numel: parameters of each whole tensor.
+        skip: [] other than 0: nothing is changed.
+        scale: [T, 1 or 2], written: 1 / root mean square of the (attention) direction.
+    """
+    config = meta.config
+    meta = meta.to(dtype=sums.dtype, device=sums.device)
+    summary = summarise_flat(
+        meta, config, sums, torch.tensor(numel, device=sums.device),
+        torch.stack(list(tensor_hidden)) if tensor_hidden else None,
+        global_hidden if config.levels >= 3 else None)
+    keep = skip != 0
+    for index, count in enumerate(step):
+        if summary.tensor_hidden is not None:
+            _commit([tensor_hidden[index]], summary.tensor_hidden[index], keep)
+        if summary.log_lr_mean is not None:
+            _commit([log_lr_mean[index]], summary.log_lr_mean[index, None], keep)
+        count += (~keep).to(count.dtype)
+    if summary.global_hidden is not None:
+        _commit([global_hidden], summary.global_hidden, keep)
+    scale.copy_(summary.scale)
+
+
+@torch.no_grad()
+def apply(
+    meta: MetaParams,
+    params: Sequence[Tensor],
+    true_param: Sequence[Tensor],
+    update: Tensor,
+    attention_update: Tensor | None,
+    scale: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    *,
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float],
+    skip: Tensor,
+) -> None:
+    """Stage 3, per parameter: move, and decay the weights.
+
+    Args:
+        meta: meta-parameters.
+        params: T parameters, any floating dtype and strides, updated in place.
+        true_param: T tensors with attention, where `params` hold the attended point; otherwise empty.
+        update, attention_update, scale: of the stages before.
+        log_lr_mean: T tensors, after the step; empty without a learned log lr.
+        lr: per tensor, factor of the learned step.
+        weight_decay: per tensor; each step shrinks it by lr * weight_decay * exp(log_lr_mean), at most to zero.
+        skip: [] other than 0: nothing is changed.
+    """
+    keep = skip != 0
+    begin = 0
+    for index, param in enumerate(params):
+        end = begin + param.numel()
+        base = true_param[index] if true_param else param
+        old, rate = base.to(update.dtype), lr[index]
+        if isinstance(rate, Tensor):
+            rate = rate.to(dtype=update.dtype, device=param.device).reshape(())
+        decayed = old
+        if weight_decay[index]:
+            learned = torch.exp(log_lr_mean[index]) if log_lr_mean else torch.ones_like(skip)
+            decayed = old - old * torch.clamp(rate * weight_decay[index] * learned, max=1.0)
+        moved = decayed - rate * scale[index, 0] * update[begin:end].reshape(param.shape)
+        if attention_update is not None:
+            attended = decayed - rate * scale[index, 1] * attention_update[begin:end].reshape(param.shape)
+            param.copy_(torch.where(keep, param, attended.to(param.dtype)))
+        base.copy_(torch.where(keep, base, moved.to(base.dtype)))
+        begin = end

@@ -1,0 +1,109 @@
+"""What the optimizer remembers, and in which memory order: one line per kind.
+
+A parameter tensor of shape `shape` has one state tensor per kind, features outermost: `hidden` is `[10, *shape]`. Each
+slice of it (`hidden[i]`) lies in memory like the parameter itself does (channels_last stays channels_last), so a kernel
+walks parameter, gradient and state with one index. All of it is float32, whatever the parameter's dtype. The two decays
+of a step are read-outs of `hidden`; they are recomputed, not stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lopt.config import HRNNConfig
+from lopt.metaparams import MetaParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of state.
+
+    Attributes:
+        name: its key in `optimizer.state[param]`.
+        per: what has one of it: a "parameter" (a scalar), a "tensor", or the whole "model".
+        size: number of values per parameter, tensor or model, None where there is no leading dimension.
+        present: whether a configuration has it.
+    """
+
+    name: str
+    per: str
+    size: Callable[[HRNNConfig], int | None]
+    present: Callable[[HRNNConfig], bool] = lambda config: True
+
+
+ROWS = (
+    Row("hidden", "parameter", lambda config: config.hidden_size),
+    Row("accum", "parameter", lambda config: config.timescales),
+    Row("ms", "parameter", lambda config: config.timescales),
+    Row("log_lr", "parameter", lambda config: None, lambda config: config.dynamic_output_scale),
+    Row("true_param", "parameter", lambda config: None, lambda config: config.attention),
+    Row("tensor_hidden", "tensor", lambda config: config.tensor_size, lambda config: config.levels >= 2),
+    Row("log_lr_mean", "tensor", lambda config: None, lambda config: config.dynamic_output_scale),
+    Row("step", "tensor", lambda config: None),
+    Row("global_hidden", "model", lambda config: config.global_size, lambda config: config.levels >= 3),
+)
+
+
+def rows(config: HRNNConfig, per: str | None = None) -> tuple[Row, ...]:
+    """The kinds of state that a configuration has, all of them or those per "parameter", "tensor" or "model"."""
+    return tuple(row for row in ROWS if row.present(config) and per in (None, row.per))
+
+
+def bytes_per_parameter(config: HRNNConfig) -> int:
+    """Persistent state per scalar parameter in bytes: 76 for the default configuration."""
+    return sum(4 * (row.size(config) or 1) for row in rows(config, "parameter"))
+
+
+def empty_rows(param: Tensor, size: int | None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised state for `param`: `[size, *shape]`, or `[*shape]` without a size, in the parameter's memory order."""
+    like = torch.empty_like(param, dtype=dtype, device="meta")
+    if size is None:
+        return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=param.device)
+    # A zero-element tensor has no order to keep, and its slices may overlap.
+    outer = like.numel() or 1
+    return torch.empty_strided((size, *like.shape), (outer, *like.stride()), dtype=dtype, device=param.device)
+
+
+def like_parameter(tensor: Tensor, param: Tensor, size: int | None) -> Tensor:
+    """`tensor`, copied into the memory order of `param` if it has another one."""
+    wanted = empty_rows(param.detach(), size, dtype=tensor.dtype) if param.numel() else tensor
+    return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
+
+
+def init_state(
+    param: Tensor, meta: MetaParams, log_lr: float, *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """State of one parameter tensor before its first step, all kinds but the model's.
+
+    Args:
+        param: the parameter tensor, any floating dtype and strides.
+        meta: meta-parameters, for the initial hidden states.
+        log_lr: natural logarithm of the initial learning rate of every parameter.
+        dtype: of the state; float64 only serves to check kernels.
+    """
+    config, device = meta.config, param.device
+    state = {}
+    for row in rows(config, "parameter"):
+        state[row.name] = empty_rows(param, row.size(config), dtype=dtype).zero_()
+    hidden = meta["level0.init"].to(dtype=dtype, device=device)
+    state["hidden"].copy_(hidden.reshape(-1, *[1] * param.dim()).expand_as(state["hidden"]))
+    if config.dynamic_output_scale:
+        state["log_lr"].fill_(log_lr)
+        state["log_lr_mean"] = torch.full((), log_lr, dtype=dtype, device=device)
+    if config.attention:
+        state["true_param"].copy_(param)
+    if config.levels >= 2:
+        state["tensor_hidden"] = meta["level1.init"].to(dtype=dtype, device=device, copy=True)
+    state["step"] = torch.zeros((), dtype=dtype, device=device)
+    return state
+
+
+def init_global(meta: MetaParams, device: torch.device, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The model's hidden state before the first step, [H2]; empty without a global GRU."""
+    if meta.config.levels < 3:
+        return torch.empty(0, dtype=dtype, device=device)
+    return meta["level2.init"].to(dtype=dtype, device=device, copy=True)
