@@ -12,6 +12,7 @@ import math
 from typing import Any, Literal
 
 DIRECTION_EPS = 1e-16  # inside the root that normalises a direction by its root mean square over the tensor
+GRADIENT_LIMIT = 1e18  # a larger gradient counts as non-finite: its mean square would overflow float32
 FIXED_GRAD_DECAY = 0.89  # decay of the shortest gradient average when it is not learned
 FIXED_SCALE_DECAY = 0.93  # decay of the mean squares when it is not learned
 EXTREME_LOG_LR = math.log(1e-6)  # below this the extreme indicator falls

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.config import DIRECTION_EPS, EXTREME_LOG_LR, FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, SHORTCUT_LOG_LR, HRNNConfig
+from lopt.config import (
+    DIRECTION_EPS,
+    EXTREME_LOG_LR,
+    FIXED_GRAD_DECAY,
+    FIXED_SCALE_DECAY,
+    GRADIENT_LIMIT,
+    SHORTCUT_LOG_LR,
+    HRNNConfig,
+)
 from lopt.metaparams import MetaParams
 
 Meta = Mapping[str, Tensor]
@@ -455,7 +463,7 @@ def advance(
         numel: parameters of each whole tensor.
         maximize: per tensor, whether to climb.
         grad_scale: [] what the gradients were multiplied with, or None.
-        skip: [] other than 0: nothing is changed by any stage. A non-finite gradient adds 1.
+        skip: [] other than 0: nothing is changed by any stage. A gradient beyond GRADIENT_LIMIT, inf or NaN, adds 1.
         update, attention_update: [n], written: exp(log step) * direction; attention_update is None without attention.
         sums: [T, K], written: sums over each tensor.
     """
@@ -464,7 +472,7 @@ def advance(
     flat_grad = _flatten([grad.to(dtype) for grad in grads], None)
     if grad_scale is not None:
         flat_grad = flat_grad * grad_scale.to(dtype).reciprocal()
-    skip += (~torch.isfinite(flat_grad).all()).to(skip.dtype)
+    skip += (~(flat_grad.abs() <= GRADIENT_LIMIT).all()).to(skip.dtype)
     segments = Segments([grad.numel() for grad in grads], hidden[0].device)
     if any(maximize):
         sign = torch.tensor([-1.0 if climb else 1.0 for climb in maximize], dtype=dtype, device=flat_grad.device)
@@ -568,7 +576,7 @@ def apply(
     for index, param in enumerate(params):
         end = begin + param.numel()
         base = true_param[index] if true_param else param
-        old, rate = base.to(update.dtype), lr[index]
+        old, rate = base.to(torch.promote_types(base.dtype, update.dtype)), lr[index]
         if isinstance(rate, Tensor):
             rate = rate.to(dtype=update.dtype, device=param.device).reshape(())
         decayed = old

@@ -1,0 +1,73 @@
+"""Who does the arithmetic: one table, one choice.
+
+Every backend is a module with the three stages `advance`, `summarise` and `apply` of one signature (see
+`lopt.backends.reference`), `unusable() -> str | None` and `unsupported(config) -> str | None`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from lopt.config import HRNNConfig
+
+
+class Backend(NamedTuple):
+    """One line of the table: the module, and the devices it is tried on ("*": all)."""
+
+    module: str
+    device: str
+
+
+BACKENDS = {
+    "cpu": Backend("lopt.backends.cpu", "cpu"),
+    "reference": Backend("lopt.backends.reference", "*"),
+}  # fastest first
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[name].module)
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, and None if it is usable on this machine or else the reason."""
+    return {name: _module(name).unusable() for name in BACKENDS}
+
+
+def _obstacle(name: str, device: torch.device, config: HRNNConfig) -> str | None:
+    backend = BACKENDS[name]
+    if backend.device not in ("*", device.type):
+        return f"it runs on {backend.device} tensors and the parameters are on {device.type}"
+    module = _module(name)
+    return module.unusable() or module.unsupported(config)
+
+
+def choose(device: torch.device, config: HRNNConfig, requested: str | None = None) -> ModuleType:
+    """The backend for parameters on a device.
+
+    Args:
+        device: of the parameters.
+        config: architecture of the optimizer.
+        requested: the name of a backend that has to be it, or None: the fastest usable.
+
+    Raises:
+        ValueError: there is no backend of the requested name.
+        RuntimeError: the requested backend cannot run here, or not with this configuration; the message says why.
+    """
+    if requested is None:
+        return _module(next(name for name in BACKENDS if _obstacle(name, device, config) is None))
+    check_name(requested)
+    if obstacle := _obstacle(requested, device, config):
+        usable = [name for name in BACKENDS if _obstacle(name, device, config) is None]
+        raise RuntimeError(f"backend {requested!r} cannot be used: {obstacle}. "
+                           f"Usable here: {', '.join(usable)}; or pass backend=None for the fastest")
+    return _module(requested)
+
+
+def check_name(name: str | None) -> None:
+    """Raise ValueError unless `name` is None or in the table."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is not one of {', '.join(BACKENDS)}; pass backend=None for the fastest usable")
