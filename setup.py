@@ -6,7 +6,7 @@ Environment, none of it needed:
     CXX, CXXFLAGS            the C++ compiler (default: c++, g++ or clang++, the first that works) and more flags for it
     CUDACXX, CUDA_HOME       where nvcc is (default: on PATH, else in /usr/local/cuda/bin)
     LOPT_CUDA_ARCHS          what nvcc compiles for, e.g. "90,100"; "native", "all" and "all-major" (default) work too
-    LOPT_CPP, LOPT_CUDA      0: leave this part out; 1: fail where it cannot be built; unset: leave out what cannot be built
+    LOPT_CPP, LOPT_CUDA      0: leave this part out; 1: fail where it cannot be built; unset: leave it out there
 
 What is left out, and why, goes to lopt/_build.json, where `lopt info` finds it. Neither torch nor a GPU is needed here.
 """
@@ -46,7 +46,8 @@ ISAS = {
 }
 ISAS_ELSEWHERE: dict[str, list[str]] = {"generic": []}
 
-COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON += shlex.split(os.environ.get("CXXFLAGS", ""))
 KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 PYTHON = f"-I{sysconfig.get_path('include')}"
@@ -107,16 +108,16 @@ def cuda_archs(archs: str) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 
 
-def escaped(text: str, path: bool = False) -> str:
+def escaped(text: str | Path) -> str:
     """Escape for build.ninja: $ everywhere, and in a path what separates paths."""
-    return re.sub(r"[$ :]" if path else r"[$]", r"$\g<0>", text)
+    return re.sub(r"[$ :]" if isinstance(text, Path) else r"[$]", r"$\g<0>", str(text))
 
 
 def wanted(name: str, found: list[str], reason: str) -> tuple[list[str], str]:
     """Apply LOPT_CPP / LOPT_CUDA (0, 1 or unset) to a compiler that was or was not found."""
     choice = os.environ.get(name, "")
     if choice not in ("", "0", "1"):
-        raise SystemExit(f"{name}={choice!r}: give 0 (leave it out), 1 (fail without it) or nothing (as the machine allows)")
+        raise SystemExit(f"{name}={choice!r}: give 0 (leave it out) or 1 (fail without it), or unset it")
     if choice == "1" and not found:
         raise SystemExit(f"{name}=1, but it cannot be built: {reason}")
     return ([], f"{name}=0 at install") if choice == "0" else (found, reason)
@@ -135,7 +136,7 @@ class Ninja(build_ext):
         nvcc, skipped["cuda"] = wanted("LOPT_CUDA", *(find_nvcc(cxx) if cxx else ([], "the C++ part is left out")))
         if cxx:
             openmp = ["-fopenmp"]
-            works, reason = links([*cxx, *COMMON, *SHARED, *openmp], "#include <omp.h>\nint f() { return omp_get_num_procs(); }\n")
+            works, reason = links([*cxx, *COMMON, *SHARED, *openmp], "#include <omp.h>\nint n = omp_get_num_procs();\n")
             if not works:
                 openmp, skipped["openmp"] = [], f"{cxx[-1]} -fopenmp: {reason}"
             (folder / "build.ninja").write_text(self.ninja(cxx, openmp, nvcc, folder, module))
@@ -149,7 +150,7 @@ class Ninja(build_ext):
             print(f"lopt: {part} part left out: {reason}", file=sys.stderr)
 
     def ninja(self, cxx, openmp, nvcc, folder, module):
-        """Returns the text of build.ninja: one object per ONCE and CUDA file, one per PER_ISA file and instruction set."""
+        """Returns the text of build.ninja: an object per ONCE and CUDA file, and per PER_ISA file and ISA."""
         isas = ISAS.get(run([*cxx, "-dumpmachine"])[1].split("-")[0], ISAS_ELSEWHERE)
         archs = os.environ.get("LOPT_CUDA_ARCHS") or "all-major"
         defines = [
@@ -169,9 +170,9 @@ class Ninja(build_ext):
         text += [f"rule link\n command = {escaped(shlex.join(link))} $in -o $out"]
         names = []
         for source, suffix, flags in objects:
-            names.append(escaped(f"{source.name}{suffix}.o", path=True))
-            text += [f"build {names[-1]}: compile {escaped(str(source), path=True)}\n flags = {escaped(shlex.join(flags))}"]
-        return "\n".join([*text, f"build {escaped(str(module), path=True)}: link {' '.join(names)}", ""])
+            names.append(f"{source.name}{suffix}.o")
+            text += [f"build {names[-1]}: compile {escaped(source)}\n flags = {escaped(shlex.join(flags))}"]
+        return "\n".join([*text, f"build {escaped(module)}: link {' '.join(names)}", ""])
 
     def outputs(self):
         return [self.get_ext_filename("lopt._C"), "lopt/_build.json"]

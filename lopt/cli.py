@@ -1,0 +1,101 @@
+"""The `lopt` command: a table of subcommands, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import lopt
+
+
+class Command(NamedTuple):
+    """One line of the table. The module has `add_arguments(parser)` and `run(args) -> int`, the exit code."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("lopt.train.command", "train a network with HRNN or, to compare, with AdamW or SGD"),
+    "replay": Command("lopt.interop.tf1", "replay a recorded trajectory and print the worst error of each slot"),
+    "info": Command("lopt.info", "print versions, how lopt was built, and which backends can be used"),
+}
+
+EXTRAS = {  # module -> (what pip calls it, extra of lopt that brings it)
+    "PIL": ("pillow", "train"),
+    "matplotlib": ("matplotlib", "train"),
+    "pytorchcv": ("pytorchcv", "train"),
+    "sklearn": ("scikit-learn", "train"),
+    "tensorboard": ("tensorboard", "train"),
+    "timm": ("timm", "hub"),
+    "torchvision": ("torchvision", "hub"),
+    "tqdm": ("tqdm", "train"),
+    "triton": ("triton", "triton"),
+}
+
+INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: the arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit code: the subcommand's own, or 2 after an error that its user can cure.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser, subparsers = _parsers()
+    try:
+        if argv and argv[0] in COMMANDS:
+            _module(argv[0]).add_arguments(subparsers[argv[0]])
+        args = parser.parse_args(argv)
+        return int(_module(args.command).run(args))
+    except KeyboardInterrupt:
+        print("lopt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        message = _message(error)
+        if message is None or os.environ.get("LOPT_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"lopt: error: {message}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of `lopt`, and those of its subcommands without their arguments: their modules are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="lopt", description=lopt.__doc__, epilog="LOPT_DEBUG=1 shows the traceback of an error."
+    )
+    parser.add_argument("--version", action="version", version=f"lopt {lopt.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    return parser, {
+        name: commands.add_parser(name, help=line.help, description=line.help) for name, line in COMMANDS.items()
+    }
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(COMMANDS[command].module)
+
+
+def _message(error: Exception) -> str | None:
+    """What the user can act on in one line, or None for an error that wants a traceback."""
+    if isinstance(error, ModuleNotFoundError) and error.name and (name := error.name.partition(".")[0]) in EXTRAS:
+        package, extra = EXTRAS[name]
+        return f'{package} is not installed; it comes with an extra of lopt: pip install "lopt[{extra}]"'
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    if isinstance(error, OSError) or raised_in.is_relative_to(Path(lopt.__file__).resolve().parent):
+        return " ".join(str(error).split())
+    return None
