@@ -1,0 +1,263 @@
+"""Images in batches. The batch of a step is a pure function of (seed, step): which images, in which order, and how each
+is augmented. Resuming at a step therefore needs no sampler state, and two optimizers see the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lopt.train import TrainError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How batches arrive: images [batch_size, channels, image_size, image_size] float32 and labels [batch_size] int64
+    on `device`. `seed` decides order and augmentation; `workers` processes decode files (0: this process)."""
+
+    batch_size: int
+    channels: int
+    image_size: int
+    device: torch.device
+    seed: int = 0
+    workers: int = 0
+
+
+def open_data(name: str) -> Digits | ImageFolder:
+    """name: `digits`, or the path of a folder with train/ and val/ folders of class folders. Raises TrainError."""
+    return Digits() if name == "digits" else ImageFolder(Path(name))
+
+
+def batch_places(count: int, batch_size: int, seed: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, indices [batch_size] of the images) for the steps start..stop-1. Every epoch is a permutation drawn from
+    (seed, epoch); the images left over when `count` is no multiple of `batch_size` sit that epoch out."""
+    per_epoch = count // batch_size
+    order, order_epoch = np.empty(0, np.int64), -1
+    for step in range(start, stop):
+        epoch, place = divmod(step, per_epoch)
+        if epoch != order_epoch:
+            order, order_epoch = np.random.default_rng([seed, epoch]).permutation(count), epoch
+        yield epoch, order[place * batch_size : (place + 1) * batch_size]
+
+
+class Digits:
+    """scikit-learn's handwritten digits: 1,797 real 8x8 images, held in memory. 360 of them, the same ones for every
+    seed and stratified by class, are the test set. A training image is shifted by up to one pixel each way."""
+
+    name = "digits"
+    classes = 10
+    channels = 1
+    image_size = 8
+
+    def __init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise TrainError(
+                f"data 'digits' needs scikit-learn, which does not import ({error}): pip install 'lopt[train]'"
+            ) from error
+        digits = load_digits()
+        split = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+        images = [torch.from_numpy(part).float().unsqueeze(1) for part in split[:2]]
+        self.train_labels, self.test_labels = (torch.from_numpy(part).long() for part in split[2:])
+        mean, std = images[0].mean(), images[0].std()
+        self.train_images, self.test_images = ((part - mean) / std for part in images)
+        background = float((0 - mean) / std)
+        padded = F.pad(self.train_images, (1, 1, 1, 1), value=background)
+        self._windows = padded.unfold(2, 8, 1).unfold(3, 8, 1)  # [n, 1, 3, 3, 8, 8]: every image at its nine shifts
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_labels)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_labels)
+
+    def train_batches(self, feed: Feed, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps start..stop-1."""
+        shift_epoch, shifts = -1, np.empty(0)
+        for epoch, places in batch_places(self.train_count, feed.batch_size, feed.seed, start, stop):
+            if epoch != shift_epoch:
+                shifts = np.random.default_rng([feed.seed, epoch, 1]).integers(0, 3, (self.train_count, 2))
+                shift_epoch = epoch
+            down, right = torch.from_numpy(shifts[places].T)
+            pick = torch.from_numpy(places)
+            yield self._deliver(self._windows[pick, :, down, right], self.train_labels[pick], feed)
+
+    def test_batches(self, feed: Feed) -> Iterator[Batch]:
+        """Every test image once, in order; the last batch may be smaller."""
+        for start in range(0, self.test_count, feed.batch_size):
+            part = slice(start, start + feed.batch_size)
+            yield self._deliver(self.test_images[part], self.test_labels[part], feed)
+
+    @staticmethod
+    def _deliver(images: Tensor, labels: Tensor, feed: Feed) -> Batch:
+        images = images.to(feed.device)
+        if feed.image_size != images.shape[-1]:
+            images = F.interpolate(images, size=(feed.image_size,) * 2, mode="bilinear", antialias=True)
+        return images.expand(-1, feed.channels, -1, -1).contiguous(), labels.to(feed.device)
+
+
+class ImageFolder:
+    """A folder with train/<class>/<image> and val/<class>/<image> (images may lie deeper), read with PIL.
+
+    Training images: a random crop of 8 to 100 % of the area and aspect 3/4 to 4/3, resized, flipped half of the time.
+    Validation images: the centre 7/8 of the shorter side. Both normalised with ImageNet's mean and deviation.
+    """
+
+    channels = 3
+    image_size = None  # any
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise TrainError(
+                f"data {str(path)!r} needs Pillow, which does not import ({error}): pip install 'lopt[train]'"
+            ) from error
+        self.name = path.resolve().name
+        if not path.is_dir():
+            raise TrainError(f"data {str(path)!r} is neither 'digits' nor a folder: check --data")
+        for part in ("train", "val"):
+            if not (path / part).is_dir():
+                raise TrainError(f"data {str(path)!r} has no folder {part}/: expected train/ and val/ of class folders")
+        names = sorted(entry.name for entry in os.scandir(path / "train") if entry.is_dir())
+        if len(names) < 2:
+            raise TrainError(f"{str(path / 'train')!r} has {len(names)} class folders: a classifier needs two or more")
+        unknown = sorted({entry.name for entry in os.scandir(path / "val") if entry.is_dir()} - set(names))
+        if unknown:
+            raise TrainError(f"{str(path / 'val')!r} has class {unknown[0]!r}, which train/ lacks: add or remove it")
+        self.class_names = names
+        self.classes = len(names)
+        self._train = _list_images(path / "train", names)
+        self._test = _list_images(path / "val", names)
+
+    @property
+    def train_count(self) -> int:
+        return len(self._train)
+
+    @property
+    def test_count(self) -> int:
+        return len(self._test)
+
+    def train_batches(self, feed: Feed, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps start..stop-1. Raises TrainError naming a file that cannot be read."""
+        places = batch_places(self.train_count, feed.batch_size, feed.seed, start, stop)
+        keys = ((epoch, indices.tolist()) for epoch, indices in places)
+        yield from _load(_Pictures(self._train, feed.image_size, feed.seed, augment=True), keys, feed)
+
+    def test_batches(self, feed: Feed) -> Iterator[Batch]:
+        """Every validation image once, in order; the last batch may be smaller. Raises as train_batches does."""
+        starts = range(0, self.test_count, feed.batch_size)
+        keys = ((0, list(range(start, min(start + feed.batch_size, self.test_count)))) for start in starts)
+        yield from _load(_Pictures(self._test, feed.image_size, feed.seed, augment=False), keys, feed)
+
+
+def _list_images(root: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """(path, class index) of every image below root, sorted. Raises TrainError when there is none."""
+    found = [
+        (os.path.join(folder, file), label)
+        for label, name in enumerate(classes)
+        for folder, _, files in os.walk(root / name)
+        for file in files
+        if file.lower().endswith(IMAGE_SUFFIXES)
+    ]
+    if not found:
+        raise TrainError(f"{str(root)!r} holds no image ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(found, key=lambda item: (item[1], item[0]))
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """Whole batches by key (epoch, indices): (images [n, 3, size, size] uint8, labels [n]), or the text of an error."""
+
+    def __init__(self, files: list[tuple[str, int]], size: int, seed: int, augment: bool) -> None:
+        self.files, self.size, self.seed, self.augment = files, size, seed, augment
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> Batch | str:
+        epoch, indices = key
+        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        for row, index in enumerate(indices):
+            path = self.files[index][0]
+            try:
+                picture = self._read(path, epoch, index)
+            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files it cannot read
+                return f"cannot read image {path!r} ({error}): replace or remove it, then resume"
+            images[row] = torch.from_numpy(picture).permute(2, 0, 1)
+        return images, torch.tensor([self.files[index][1] for index in indices])
+
+    def _read(self, path: str, epoch: int, index: int) -> np.ndarray:
+        """One image [size, size, 3] uint8."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            width, height = image.size
+            flip = False
+            if self.augment:
+                rng = np.random.default_rng([self.seed, epoch, index])
+                left, top, box_width, box_height = random_crop(rng, width, height)
+                flip = bool(rng.integers(2))
+            else:
+                box_width = box_height = 0.875 * min(width, height)
+                left, top = (width - box_width) / 2, (height - box_height) / 2
+            shrink = max(1, int(min(box_width, box_height) // self.size))
+            image.draft("RGB", (width // shrink, height // shrink))  # JPEG decodes at 1/2, 1/4, 1/8 when that suffices
+            x, y = image.width / width, image.height / height
+            box = (left * x, top * y, (left + box_width) * x, (top + box_height) * y)
+            pixels = np.array(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        return pixels[:, ::-1].copy() if flip else pixels
+
+
+def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a crop of 8 to 100 % of the area, aspect 3/4 to 4/3; the centre square when ten
+    draws do not fit. Szegedy et al. 2015, section 6."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
+            return int(left), int(top), crop_width, crop_height
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def _load(pictures: _Pictures, keys: Iterator[tuple[int, list[int]]], feed: Feed) -> Iterator[Batch]:
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        pictures,
+        batch_size=None,  # a key is a whole batch
+        sampler=keys,  # type: ignore[arg-type]
+        num_workers=feed.workers,
+        pin_memory=feed.device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # its own: the global generator belongs to the model
+    )
+    mean = torch.tensor(IMAGENET_MEAN, device=feed.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=feed.device).view(1, 3, 1, 1) * 255
+    for batch in loader:
+        if isinstance(batch, str):
+            raise TrainError(batch)
+        images, labels = (part.to(feed.device, non_blocking=True) for part in batch)
+        yield images.float().sub_(mean).div_(std), labels
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process finishes its step and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
