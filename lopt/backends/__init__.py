@@ -16,33 +16,48 @@ from lopt.config import HRNNConfig
 
 
 class Backend(NamedTuple):
-    """One line of the table: the module, and the devices it is tried on ("*": all)."""
+    """One line of the table.
 
-    module: str
+    Attributes:
+        module: its Python module, None where this version of lopt has none.
+        device: type of the tensors it runs on, "*" for all.
+    """
+
+    module: str | None
     device: str
 
 
 BACKENDS = {
-    "cpu": Backend("lopt.backends.cpu", "cpu"),
+    "cuda": Backend(None, "cuda"),
+    "triton": Backend(None, "cuda"),
     "reference": Backend("lopt.backends.reference", "*"),
 }  # fastest first
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[name].module)
+    module = BACKENDS[name].module
+    assert module is not None
+    return importlib.import_module(module)
+
+
+def unusable(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None."""
+    if BACKENDS[name].module is None:
+        return "this version of lopt has no kernels for it"
+    return _module(name).unusable()
 
 
 def available() -> dict[str, str | None]:
     """Every backend, and None if it is usable on this machine or else the reason."""
-    return {name: _module(name).unusable() for name in BACKENDS}
+    return {name: unusable(name) for name in BACKENDS}
 
 
 def _obstacle(name: str, device: torch.device, config: HRNNConfig) -> str | None:
-    backend = BACKENDS[name]
-    if backend.device not in ("*", device.type):
-        return f"it runs on {backend.device} tensors and the parameters are on {device.type}"
-    module = _module(name)
-    return module.unusable() or module.unsupported(config)
+    if reason := unusable(name):
+        return reason
+    if BACKENDS[name].device not in ("*", device.type):
+        return f"it runs on {BACKENDS[name].device} tensors and the parameters are on {device.type}"
+    return _module(name).unsupported(config)
 
 
 def choose(device: torch.device, config: HRNNConfig, requested: str | None = None) -> ModuleType:

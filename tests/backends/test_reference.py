@@ -1,0 +1,182 @@
+"""The reference: its derivatives, its batches, and that its two forms are one rule."""
+
+import pytest
+import torch
+
+from lopt import HRNNConfig, MetaParams
+from lopt.backends import reference
+from lopt.backends.reference import FlatState, Segments
+from lopt.state import init_global, init_state
+
+CONFIGS = {
+    "paper": HRNNConfig(level_sizes=(3, 4, 2), timescales=3),
+    "attention": HRNNConfig(level_sizes=(3, 4, 2), timescales=2, attention=True, zero_init_lr_weights=False),
+    "tensor_mean_last": HRNNConfig(level_sizes=(3, 2, 2), timescales=2, relative_log_lr="tensor", global_input="last"),
+    "everything_fed": HRNNConfig(level_sizes=(2, 3), timescales=2, extreme_indicator=True, lr_shortcut=True,
+                                 multiple_scale_decays=True, gradient_shortcut=False, zero_init_lr_weights=False),
+    "bare": HRNNConfig(level_sizes=(3,), timescales=1, gradient_products=False, log_ms_features=False,
+                       relative_log_lr=None, dynamic_output_scale=False, learnable_decay=False),
+}
+SIZES = [3, 1, 2]
+
+
+def random_state(meta: MetaParams, batch: tuple[int, ...], generator: torch.Generator) -> FlatState:
+    """A state from the middle of a run: every entry where the derivatives are smooth."""
+    config, n, tensors = meta.config, sum(SIZES), len(SIZES)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(*batch, *shape, generator=generator, dtype=torch.float64)
+
+    dynamic = config.dynamic_output_scale
+    log_lr = -7 + rand(n)
+    return FlatState(
+        hidden=2 * rand(config.hidden_size, n) - 1,
+        accum=rand(config.timescales, n) - 0.5,
+        ms=0.1 + rand(config.timescales, n),
+        grad_decay=0.3 + 0.5 * rand(n),
+        scale_decay=0.3 + 0.5 * rand(n),
+        log_lr=log_lr if dynamic else None,
+        log_lr_mean=Segments(SIZES).mean(log_lr) if dynamic else None,
+        tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels >= 2 else None,
+        global_hidden=2 * rand(config.global_size) - 1 if config.levels >= 3 else None,
+    )
+
+
+def flatten(result: tuple) -> tuple[torch.Tensor, ...]:
+    param, attended, state = result
+    return (param, attended, *(value for value in state if value is not None))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_derivatives_by_metaparams_gradient_and_state_pass_gradcheck(name, generator):
+    config = CONFIGS[name]
+    meta = MetaParams.init(config, seed=1, dtype=torch.float64)
+    segments, names = Segments(SIZES), list(meta)
+    state = random_state(meta, (2,), generator)
+    present = [field for field in FlatState._fields if getattr(state, field) is not None]
+    grad = torch.randn(2, sum(SIZES), generator=generator, dtype=torch.float64)
+    param = torch.randn(2, sum(SIZES), generator=generator, dtype=torch.float64)
+
+    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = dict(zip(names, inputs, strict=False))
+        rest = inputs[len(names) :]
+        fields = state._replace(**dict(zip(present, rest[2:], strict=True)))
+        return flatten(reference.step(values, config, segments, rest[0], rest[1], fields))
+
+    inputs = [*meta.values(), param, grad, *(getattr(state, field) for field in present)]
+    inputs = [value.detach().clone().requires_grad_() for value in inputs]
+    assert torch.autograd.gradcheck(run, inputs, atol=1e-6, rtol=1e-4)
+
+
+def test_second_derivatives_pass_gradgradcheck(generator):
+    config = CONFIGS["attention"]
+    meta = MetaParams.init(config, seed=1, dtype=torch.float64)
+    segments = Segments(SIZES)
+    state = random_state(meta, (), generator)
+    weight = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64)
+
+    def run(grad: torch.Tensor, readout: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        values = {**meta, "direction.weight": readout}
+        param, _, new = reference.step(values, config, segments, weight, grad, state._replace(hidden=hidden))
+        return (param * weight).sum() + new.hidden.square().sum()
+
+    grad = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64, requires_grad=True)
+    readout = meta["direction.weight"].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(run, (grad, readout, state.hidden.clone().requires_grad_()))
+
+
+def test_log_lr_is_clipped_and_its_gradient_passes_the_clip(generator):
+    config = HRNNConfig(level_sizes=(3, 4, 2), timescales=2, log_lr_min=-9.0, log_lr_max=-8.0)
+    meta = MetaParams.init(config, dtype=torch.float64)
+    segments, state = Segments(SIZES), random_state(MetaParams.init(config, dtype=torch.float64), (), generator)
+    log_lr = state.log_lr.clone().requires_grad_()
+    grad = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64)
+    _, _, new = reference.step(meta, config, segments, torch.zeros_like(grad), grad, state._replace(log_lr=log_lr))
+    momentum = torch.sigmoid(meta["log_lr.momentum"])
+    torch.testing.assert_close(new.log_lr, momentum * log_lr + (1 - momentum) * -8.0)
+    (passed,) = torch.autograd.grad(new.log_lr.sum(), log_lr, retain_graph=True)
+    torch.testing.assert_close(passed, torch.ones_like(passed))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batched_models_advance_as_each_would_alone(name, generator):
+    config = CONFIGS[name]
+    segments = Segments(SIZES)
+    metas = [MetaParams.init(config, seed=seed, dtype=torch.float64) for seed in range(3)]
+    stacked = {key: torch.stack([meta[key] for meta in metas]) for key in metas[0]}
+    state = random_state(metas[0], (3,), generator)
+    grad, param = torch.randn(2, 3, sum(SIZES), generator=generator, dtype=torch.float64)
+    together = flatten(reference.step(stacked, config, segments, param, grad, state))
+    shared = flatten(reference.step(metas[0], config, segments, param, grad, state))
+    for row in range(3):
+        own = FlatState(*(None if value is None else value[row] for value in state))
+        alone = flatten(reference.step(metas[row], config, segments, param[row], grad[row], own))
+        for left, right in zip(together, alone, strict=True):
+            torch.testing.assert_close(left[row], right)
+        alone = flatten(reference.step(metas[0], config, segments, param[row], grad[row], own))
+        for left, right in zip(shared, alone, strict=True):
+            torch.testing.assert_close(left[row], right)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stages_over_lists_equal_the_functional_step(name, generator):
+    config = CONFIGS[name]
+    meta = MetaParams.init(config, seed=4, dtype=torch.float64)
+    shapes = [(3,), (), (2, 1)]
+    params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    states = [init_state(param, meta, -7.0, dtype=torch.float64) for param in params]
+    global_hidden = init_global(meta, torch.device("cpu"), dtype=torch.float64)
+    segments = Segments(SIZES)
+    flat = torch.cat([param.reshape(-1) for param in params])
+    flat_state = reference.init_flat_state(meta, config, segments, torch.full_like(flat, -7.0))
+    columns, directions = reference.sums_columns(config), 1 + config.attention
+    attended = flat
+
+    def rows(key: str) -> list[torch.Tensor]:
+        return [state[key] for state in states if key in state]
+
+    for _ in range(5):
+        grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        flat_grad = torch.cat([grad.reshape(-1) for grad in grads])
+        flat, attended, flat_state = reference.step(meta, config, segments, flat, flat_grad, flat_state)
+        update, attention_update = torch.empty(2, sum(SIZES), dtype=torch.float64)
+        attention = attention_update if config.attention else None
+        sums = torch.empty(3, columns.count, dtype=torch.float64)
+        scale = torch.empty(3, directions, dtype=torch.float64)
+        skip = torch.zeros(())
+        reference.advance(
+            meta, grads, rows("hidden"), rows("accum"), rows("ms"), rows("log_lr"), rows("step"), rows("tensor_hidden"),
+            global_hidden, rows("log_lr_mean"), numel=SIZES, maximize=[False] * 3, grad_scale=None, skip=skip,
+            update=update, attention_update=attention, sums=sums)
+        reference.summarise(meta, sums, rows("tensor_hidden"), global_hidden, rows("log_lr_mean"), rows("step"),
+                            numel=SIZES, skip=skip, scale=scale)
+        reference.apply(meta, params, rows("true_param"), update, attention, scale, rows("log_lr_mean"),
+                        lr=[1.0] * 3, weight_decay=[0.0] * 3, skip=skip)
+    torch.testing.assert_close(torch.cat([param.reshape(-1) for param in params]), attended)
+    hidden = torch.cat([state.reshape(config.hidden_size, -1) for state in rows("hidden")], 1)
+    torch.testing.assert_close(hidden, flat_state.hidden)
+    if config.levels >= 3:
+        torch.testing.assert_close(global_hidden, flat_state.global_hidden)
+
+
+def test_a_timescale_without_a_past_takes_the_gradient_undecayed():
+    config = HRNNConfig(timescales=2)
+    segments = Segments([2, 2])
+    grad = torch.full((4,), 2.0)
+    ms = torch.tensor([[0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    decay = torch.full((4,), 0.5)
+    accum, new_ms, _ = reference.scaled_gradients(config, segments, grad, torch.zeros(2, 4), ms, decay, decay)
+    square = accum.square() + config.ms_eps
+    # First tensor, first timescale: nothing to decay. Second tensor: one value is enough of a past for both.
+    torch.testing.assert_close(new_ms[0], torch.tensor([1.0, 1.0, 0.5, 0.5]) * square[0] + 0.5 * ms[0])
+    torch.testing.assert_close(new_ms[1], 0.5 * square[1] + 0.5 * ms[1])
+
+
+def test_segments_refuse_empty_tensors():
+    with pytest.raises(ValueError, match="positive"):
+        Segments([3, 0])
