@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import itertools
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lopt import backends
+from lopt import HRNN, backends
 from lopt.train import TrainError, models
 from lopt.train.data import Digits, ImageFolder, open_data
 from lopt.train.loop import OPTIMIZERS, SCHEDULES, Config, StopRequest, Training, read_metrics
@@ -70,21 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0 done, 1 an error that was stated on stderr, 130 or 143 stopped by SIGINT or SIGTERM."""
-    try:
-        return _run(args)
-    except TrainError as error:
-        print(f"lopt train: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("lopt train: stopped at once; --resume goes on from the last checkpoint if there is one", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _run(args: argparse.Namespace) -> int:
-    for package in ("tqdm", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise TrainError(f"`lopt train` needs {package}, which is not installed: pip install 'lopt[train]'")
+    """Exit code: 0 done, 130 or 143 stopped by SIGINT or SIGTERM. Raises TrainError, and ImportError for a package that
+    is needed and not installed; options that do not fit raise before anything is written."""
+    for package in ("matplotlib", "tqdm"):
+        importlib.import_module(package)
     if args.resume is None:
         config, data = _new(args)
         folder = args.out
@@ -217,8 +205,8 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
     data = open_data(config.data)
     if (data.train_count, data.classes) != (config.train_images, config.classes):
         raise TrainError(
-            f"data {config.data!r} has {data.train_count} training images in {data.classes} classes, the run in "
-            f"{str(args.resume)!r} began with {config.train_images} in {config.classes}: restore the data, or start anew"
+            f"data {config.data!r} has {data.train_count} training images in {data.classes} classes, but the run in "
+            f"{str(args.resume)!r} began with {config.train_images} in {config.classes}: restore it, or start anew"
         )
     return config, data
 
@@ -303,7 +291,7 @@ def _announce(training: Training, folder: Path) -> None:
     config, data = training.config, training.data
     tensors = training.parameters
     details = [f"lr {config.lr:g} ({config.schedule})", f"weight decay {config.weight_decay:g}"]
-    if config.optimizer == "hrnn":
+    if isinstance(training.optimizer, HRNN):
         chosen = backends.choose(training.device, training.optimizer.config, config.backend).__name__.rpartition(".")[2]
         details += [f"init_lr {training.optimizer.defaults['init_lr']:g}", f"backend {chosen}"]
     epochs = config.steps * config.batch_size / data.train_count
@@ -322,8 +310,8 @@ def _report(label: str, training: Training, folder: Path) -> None:
     skipped = int(getattr(training.optimizer, "skipped_steps", 0))
     note = f"; {skipped:,} steps with a non-finite gradient were skipped" if skipped else ""
     accuracy, loss = float(tested[-1][5]), float(tested[-1][4])
-    print(f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f} after {training.step:,} steps "
-          f"in {training.seconds:.0f} s{note}")
+    print(f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f} "
+          f"after {training.step:,} steps in {training.seconds:.0f} s{note}")
 
 
 def _whole(least: int) -> Callable[[str], int]:

@@ -4,10 +4,11 @@ is augmented. Resuming at a step therefore needs no sampler state, and two optim
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Batch = tuple[Tensor, Tensor]
+Batches = Generator[Batch, None, None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Feed:
 
 
 def open_data(name: str) -> Digits | ImageFolder:
-    """name: `digits`, or the path of a folder with train/ and val/ folders of class folders. Raises TrainError."""
+    """name: `digits`, or the path of a folder with train/ and val/ folders of class folders. Raises TrainError for a
+    folder that is not such, ImportError for a package that is not installed."""
     return Digits() if name == "digits" else ImageFolder(Path(name))
 
 
@@ -65,13 +68,9 @@ class Digits:
     image_size = 8
 
     def __init__(self) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise TrainError(
-                f"data 'digits' needs scikit-learn, which does not import ({error}): pip install 'lopt[train]'"
-            ) from error
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
         digits = load_digits()
         split = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
         images = [torch.from_numpy(part).float().unsqueeze(1) for part in split[:2]]
@@ -90,9 +89,9 @@ class Digits:
     def test_count(self) -> int:
         return len(self.test_labels)
 
-    def train_batches(self, feed: Feed, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
         """The batches of the steps start..stop-1."""
-        shift_epoch, shifts = -1, np.empty(0)
+        shift_epoch, shifts = -1, np.empty((0, 2), np.int64)
         for epoch, places in batch_places(self.train_count, feed.batch_size, feed.seed, start, stop):
             if epoch != shift_epoch:
                 shifts = np.random.default_rng([feed.seed, epoch, 1]).integers(0, 3, (self.train_count, 2))
@@ -101,7 +100,7 @@ class Digits:
             pick = torch.from_numpy(places)
             yield self._deliver(self._windows[pick, :, down, right], self.train_labels[pick], feed)
 
-    def test_batches(self, feed: Feed) -> Iterator[Batch]:
+    def test_batches(self, feed: Feed) -> Batches:
         """Every test image once, in order; the last batch may be smaller."""
         for start in range(0, self.test_count, feed.batch_size):
             part = slice(start, start + feed.batch_size)
@@ -126,12 +125,7 @@ class ImageFolder:
     image_size = None  # any
 
     def __init__(self, path: Path) -> None:
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise TrainError(
-                f"data {str(path)!r} needs Pillow, which does not import ({error}): pip install 'lopt[train]'"
-            ) from error
+        importlib.import_module("PIL.Image")  # raises here, not in a worker
         self.name = path.resolve().name
         if not path.is_dir():
             raise TrainError(f"data {str(path)!r} is neither 'digits' nor a folder: check --data")
@@ -157,13 +151,13 @@ class ImageFolder:
     def test_count(self) -> int:
         return len(self._test)
 
-    def train_batches(self, feed: Feed, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
         """The batches of the steps start..stop-1. Raises TrainError naming a file that cannot be read."""
         places = batch_places(self.train_count, feed.batch_size, feed.seed, start, stop)
         keys = ((epoch, indices.tolist()) for epoch, indices in places)
         yield from _load(_Pictures(self._train, feed.image_size, feed.seed, augment=True), keys, feed)
 
-    def test_batches(self, feed: Feed) -> Iterator[Batch]:
+    def test_batches(self, feed: Feed) -> Batches:
         """Every validation image once, in order; the last batch may be smaller. Raises as train_batches does."""
         starts = range(0, self.test_count, feed.batch_size)
         keys = ((0, list(range(start, min(start + feed.batch_size, self.test_count)))) for start in starts)
@@ -238,7 +232,7 @@ def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int,
     return (width - side) // 2, (height - side) // 2, side, side
 
 
-def _load(pictures: _Pictures, keys: Iterator[tuple[int, list[int]]], feed: Feed) -> Iterator[Batch]:
+def _load(pictures: _Pictures, keys: Iterator[tuple[int, list[int]]], feed: Feed) -> Batches:
     loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         pictures,
         batch_size=None,  # a key is a whole batch

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lopt import HRNN, backends
 from lopt.train import TrainError, checkpoint, models
 from lopt.train.data import Digits, Feed, ImageFolder
 
@@ -92,9 +93,7 @@ class Config:
 
 
 def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    from lopt import HRNN, backends
-
-    given = {} if config.init_lr is None else {"init_lr": config.init_lr}
+    given: dict[str, Any] = {} if config.init_lr is None else {"init_lr": config.init_lr}
     optimizer = HRNN(
         model.parameters(),
         lr=config.lr,
@@ -235,7 +234,7 @@ class Training:
         folder: the run folder, existing. Returns whether all steps are done. Raises TrainError when the loss is not
         finite, an image cannot be read or a file cannot be written.
         """
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         config, path = self.config, folder / "checkpoint.pt"
         if self.step > config.steps:
@@ -360,8 +359,8 @@ class Training:
             kept = f"the checkpoint before it is {str(path)!r}" if path.exists() else "there is no checkpoint before it"
             smaller = "--init-lr" if self.config.optimizer == "hrnn" else "--lr"
             raise TrainError(
-                f"the training loss of {self.config.optimizer} (lr {self.config.lr:g}) is {loss} at step {self.step}; {kept}. "
-                f"Start again with a smaller {smaller}"
+                f"the training loss of {self.config.optimizer} (lr {self.config.lr:g}) is {loss} at step {self.step}; "
+                f"{kept}. Start again with a smaller {smaller}"
             )
         return loss, accuracy
 

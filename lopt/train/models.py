@@ -60,7 +60,7 @@ def build(name: str, classes: int, channels: int, image_size: int | None) -> tup
     """(model, image size it is made for or None for any, channels it takes).
 
     `channels` and `image_size` are what the data has and the user wants; models from other packages take 3 channels.
-    Raises TrainError naming an unknown model or a package that is not installed.
+    Raises TrainError naming an unknown model or a package that fails to import, ImportError for one not installed.
     """
     if name in OWN:
         return PreResNet(OWN[name], channels, classes), None, channels
@@ -75,17 +75,20 @@ def build(name: str, classes: int, channels: int, image_size: int | None) -> tup
     return model, native, 3
 
 
-def _import(module: str, model: str, extra: str) -> object:
+def _import(module: str, model: str) -> object:
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # a package built for another torch fails with RuntimeError or OSError
         raise TrainError(
-            f"model {model!r} needs {module.split('.')[0]}, which does not import ({error}): pip install '{extra}'"
+            f"model {model!r} needs {module.split('.')[0]}, which is installed but fails to import ({error}): "
+            f"install the version that fits torch {torch.__version__}"
         ) from error
 
 
 def _pytorchcv(name: str, classes: int, image_size: int | None) -> tuple[nn.Module, int]:
-    package = _import("pytorchcv.models", name, "lopt[train]")
+    package = _import("pytorchcv.models", name)
     files = sorted(Path(package.__path__[0]).glob("*.py"))  # type: ignore[attr-defined]
     # Its table of all models imports every one of them and what they depend on; the file that defines one does not.
     homes = [file.stem for file in files if f"\ndef {name}(" in file.read_text(encoding="utf-8")]
@@ -94,7 +97,7 @@ def _pytorchcv(name: str, classes: int, image_size: int | None) -> tuple[nn.Modu
             f"model {name!r} is neither one of {', '.join(OWN)} nor in pytorchcv: check the name, or give timm:NAME or "
             "torchvision:NAME"
         )
-    make = getattr(_import(f"pytorchcv.models.{homes[0]}", name, "lopt[train]"), name)
+    make = getattr(_import(f"pytorchcv.models.{homes[0]}", name), name)
     try:
         model = make(num_classes=classes)
     except TypeError as error:
@@ -107,7 +110,7 @@ def _pytorchcv(name: str, classes: int, image_size: int | None) -> tuple[nn.Modu
 
 
 def _timm(name: str, classes: int, image_size: int | None) -> tuple[nn.Module, int]:
-    timm = _import("timm", f"timm:{name}", "lopt[hub]")
+    timm = _import("timm", f"timm:{name}")
     try:
         model = timm.create_model(name, pretrained=False, num_classes=classes)  # type: ignore[attr-defined]
     except RuntimeError as error:
@@ -116,7 +119,7 @@ def _timm(name: str, classes: int, image_size: int | None) -> tuple[nn.Module, i
 
 
 def _torchvision(name: str, classes: int, image_size: int | None) -> tuple[nn.Module, int]:
-    models = _import("torchvision.models", f"torchvision:{name}", "lopt[hub]")
+    models = _import("torchvision.models", f"torchvision:{name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults of its weight initialisation
         try:
