@@ -11,6 +11,7 @@ Environment, none of it needed:
 What is left out, and why, goes to lopt/_build.json, where `lopt info` finds it. Neither torch nor a GPU is needed here.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -22,9 +23,14 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import pybind11
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77 or not all(map(importlib.util.find_spec, ("ninja", "pybind11"))):
+    raise SystemExit('building lopt without build isolation needs: pip install "setuptools>=77" ninja pybind11')
+
+import pybind11
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -120,7 +126,7 @@ def wanted(name: str, found: list[str], reason: str) -> tuple[list[str], str]:
         raise SystemExit(f"{name}={choice!r}: give 0 (leave it out) or 1 (fail without it), or unset it")
     if choice == "1" and not found:
         raise SystemExit(f"{name}=1, but it cannot be built: {reason}")
-    return ([], f"{name}=0 at install") if choice == "0" else (found, reason)
+    return ([], f"{name}=0 was set") if choice == "0" else (found, reason)
 
 
 class Ninja(build_ext):
@@ -191,8 +197,8 @@ class Ninja(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["lopt", "lopt.*"]), "lopt.kernels"],
-    package_dir={"lopt.kernels": "kernels"},
+    packages=[*find_packages(include=["lopt", "lopt.*"]), "lopt.kernels", "lopt.bench"],
+    package_dir={"lopt.kernels": "kernels", "lopt.bench": "bench"},
     ext_modules=[Extension("lopt._C", sources=[str(path.relative_to(ROOT)) for path in [*ONCE, *PER_ISA, *CUDA]])],
     cmdclass={"build_ext": Ninja},
 )
