@@ -1,0 +1,219 @@
+"""The task interface, the random numbers tasks draw, and the wrappers that make tasks of tasks.
+
+`count` is the number of independent copies that advance in lock-step; every tensor a task draws or receives has it as
+its first dimension. Checked by tests/meta/test_tasks.py against recorded objectives and gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = Sequence[Tensor]  # one [count, *shape] per parameter tensor
+Data = Any  # what `instance` and `minibatch` return: tensors in dicts, lists and tuples
+
+LOG_EPS = 1e-6
+
+
+class Random:
+    """Random numbers for `count` copies; each is used by `repeat` copies, one behind the other.
+
+    Args:
+        generator: the source.
+        repeat: copy i, i + count/repeat, .. get the same numbers: the members of antithetic pairs see one world.
+    """
+
+    def __init__(self, generator: torch.Generator, repeat: int = 1) -> None:
+        self.generator, self.repeat, self.device = generator, repeat, generator.device
+
+    def _tiled(self, draw: Any, count: int, shape: tuple[int, ...]) -> Tensor:
+        own, rest = divmod(count, self.repeat)
+        if rest:
+            raise ValueError(f"{count} copies cannot be shared out to {self.repeat} equal parts")
+        values = draw((own, *shape))
+        return torch.cat([values] * self.repeat) if self.repeat > 1 else values
+
+    def normal(self, count: int, *shape: int) -> Tensor:
+        """[count, *shape], standard normal."""
+        return self._tiled(lambda size: torch.randn(size, generator=self.generator, device=self.device), count, shape)
+
+    def uniform(self, count: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """[count, *shape], uniform in [low, high)."""
+        drawn = self._tiled(lambda size: torch.rand(size, generator=self.generator, device=self.device), count, shape)
+        return low + (high - low) * drawn
+
+    def log_uniform(self, count: int, *shape: int, low: float, high: float) -> Tensor:
+        """[count, *shape], between low and high, uniform in the logarithm."""
+        return torch.exp(self.uniform(count, *shape, low=math.log(low), high=math.log(high)))
+
+    def integers(self, count: int, *shape: int, high: int) -> Tensor:
+        """[count, *shape], integers in [0, high)."""
+        return self._tiled(
+            lambda size: torch.randint(high, size, generator=self.generator, device=self.device), count, shape)
+
+    def permutation(self, count: int, n: int) -> Tensor:
+        """[count, n], each row a random order of 0 .. n-1."""
+        return self.uniform(count, n).argsort(-1)
+
+    def scalar(self) -> float:
+        """One number, uniform in [0, 1), the same for all copies."""
+        return torch.rand((), generator=self.generator, device=self.device).item()
+
+
+class Task:
+    """A family of optimization problems. Subclasses give `shapes` and `loss`; the rest has defaults.
+
+    Attributes:
+        shapes: shape of each parameter tensor of one copy.
+        weight: of this task in the meta-loss.
+    """
+
+    shapes: tuple[tuple[int, ...], ...] = ()
+    weight: float = 1.0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of parameters of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    def instance(self, count: int, random: Random) -> Data:
+        """What makes up `count` problems: matrices, data sets, teachers."""
+        return {}
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        """Where training of an instance starts: one [count, *shape] per tensor. Default: standard normal."""
+        return [random.normal(count, *shape) for shape in self.shapes]
+
+    def minibatch(self, data: Data, count: int, random: Random) -> Data:
+        """What one step's loss is taken on; may change `data` in place, as a reshuffled order. Default: everything."""
+        return data
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        """Objective of every copy: [count]. data: an instance or a minibatch of it."""
+        raise NotImplementedError
+
+    def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
+        """What the optimizer gets to see of the gradients, [count, *shape] each. Default: the gradients."""
+        return grads
+
+
+class Wrapper(Task):
+    """A task made of another one; what a subclass leaves alone is the inner task's."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.shapes, self.weight = task, task.shapes, task.weight
+
+    def instance(self, count: int, random: Random) -> Data:
+        return self.task.instance(count, random)
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        return self.task.start(count, random, data)
+
+    def minibatch(self, data: Data, count: int, random: Random) -> Data:
+        return self.task.minibatch(data, count, random)
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        return self.task.loss(params, data)
+
+    def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
+        return self.task.corrupt(grads, random)
+
+
+class Noisy(Wrapper):
+    """Adds normal noise of standard deviation `std` to every entry of the gradient."""
+
+    def __init__(self, task: Task, std: float) -> None:
+        super().__init__(task)
+        self.std = std
+
+    def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
+        return [grad + self.std * random.normal(*grad.shape) for grad in super().corrupt(grads, random)]
+
+
+class Sparse(Wrapper):
+    """Sets each entry of the gradient to zero with a probability."""
+
+    def __init__(self, task: Task, probability: float = 0.99) -> None:
+        super().__init__(task)
+        self.probability = probability
+
+    def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
+        kept = super().corrupt(grads, random)
+        return [grad * (random.uniform(*grad.shape) >= self.probability) for grad in kept]
+
+
+class LogOf(Wrapper):
+    """log(f + 1e-6) - log(1e-6): the same minima, other slopes."""
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        return torch.log(self.task.loss(params, data) + LOG_EPS) - math.log(LOG_EPS)
+
+
+class Rescaled(Wrapper):
+    """The task in other units of its parameters and of its loss: loss_scale * f(theta / scale).
+
+    Args:
+        task: f.
+        scale, loss_scale: a number, or (low, high) to draw log-uniformly for each copy.
+    """
+
+    def __init__(self, task: Task, scale: float | tuple[float, float] = 1.0,
+                 loss_scale: float | tuple[float, float] = 1.0) -> None:
+        super().__init__(task)
+        self.scale, self.loss_scale = scale, loss_scale
+
+    def instance(self, count: int, random: Random) -> Data:
+        drawn = [random.log_uniform(count, low=scale[0], high=scale[1]) if isinstance(scale, tuple) else scale
+                 for scale in (self.scale, self.loss_scale)]
+        return {"task": super().instance(count, random), "scale": drawn[0], "loss_scale": drawn[1]}
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        return [_times(data["scale"], param) for param in super().start(count, random, data["task"])]
+
+    def minibatch(self, data: Data, count: int, random: Random) -> Data:
+        return {**data, "task": super().minibatch(data["task"], count, random)}
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        inverse = 1 / data["scale"]
+        return data["loss_scale"] * super().loss([_times(inverse, param) for param in params], data["task"])
+
+
+def _times(scale: float | Tensor, values: Tensor) -> Tensor:
+    return values * (scale.view(-1, *[1] * (values.dim() - 1)) if isinstance(scale, Tensor) else scale)
+
+
+class Sum(Task):
+    """Several tasks as one: tensors side by side, losses added."""
+
+    def __init__(self, *tasks: Task) -> None:
+        self.tasks = tasks
+        self.shapes = tuple(shape for task in tasks for shape in task.shapes)
+
+    def _split(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        parts, begin = [], 0
+        for task in self.tasks:
+            parts.append(tensors[begin : begin + len(task.shapes)])
+            begin += len(task.shapes)
+        return parts
+
+    def instance(self, count: int, random: Random) -> Data:
+        return [task.instance(count, random) for task in self.tasks]
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        return [tensor for task, own in zip(self.tasks, data, strict=True) for tensor in task.start(count, random, own)]
+
+    def minibatch(self, data: Data, count: int, random: Random) -> Data:
+        return [task.minibatch(part, count, random) for task, part in zip(self.tasks, data, strict=True)]
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        losses = [task.loss(part, own) for task, part, own in zip(self.tasks, self._split(params), data, strict=True)]
+        return torch.stack(losses).sum(0)
+
+    def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
+        """The children's noise is kept apart: each corrupts its own gradients."""
+        return [grad for task, part in zip(self.tasks, self._split(grads), strict=True)
+                for grad in task.corrupt(list(part), random)]

@@ -1,0 +1,322 @@
+"""Small networks on data drawn by random teachers: what meta-training learns the most from.
+
+Every copy has a data set, a teacher and a start of its own. Sizes are such that a task has 50 to 700 parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lopt.meta.tasks.base import Data, Params, Random
+from lopt.meta.tasks.paper import Batches, affine
+
+Activation = Callable[[Tensor], Tensor]
+
+NORM_EPS = 1e-5
+
+
+def batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Over all samples (and positions): [count, .., c], [count, c], [count, c] -> [count, .., c]."""
+    axes = tuple(range(1, x.dim() - 1))
+    centered = x - x.mean(axes, keepdim=True)
+    return _channels(scale, x) * centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + NORM_EPS) + _channels(shift, x)
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Over the last dimension: [count, .., c], [count, c], [count, c] -> [count, .., c]."""
+    return torch.addcmul(_channels(shift, x), F.layer_norm(x, x.shape[-1:]), _channels(scale, x))
+
+
+def _channels(values: Tensor, like: Tensor) -> Tensor:
+    """[count, c] -> [count, 1, .., c]."""
+    return values.view(len(values), *[1] * (like.dim() - 2), -1)
+
+
+class Network(Batches):
+    """Base: a data set of `samples` vectors, a network's output, cross-entropy over classes or squared error.
+
+    Args:
+        features: entries of a sample.
+        outputs: classes, or values to regress.
+        samples: in the data set.
+        batch: samples of a minibatch.
+        noise: share of wrong labels (classes), or standard deviation of the targets' noise (regression).
+        regression: squared error on standardised values rather than cross-entropy.
+        gain: the start's standard deviation is drawn log-uniformly up to this factor around the usual.
+    """
+
+    weight = 1.5
+
+    def __init__(self, features: int = 12, outputs: int = 4, *, samples: int = 192, batch: int = 32, noise: float = 0.0,
+                 regression: bool = False, gain: float = 1.5) -> None:
+        self.features, self.outputs, self.samples, self.batch = features, outputs, samples, batch
+        self.noise, self.regression, self.gain = noise, regression, gain
+        self.shapes = tuple(self.layout())
+
+    def layout(self) -> list[tuple[int, ...]]:
+        """Shapes of the parameter tensors; a vector is a bias, or a normalisation's scale where `start` says so."""
+        raise NotImplementedError
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        """[count, m, outputs] of samples [count, m, ..]."""
+        raise NotImplementedError
+
+    def samples_of(self, count: int, random: Random) -> Tensor:
+        """[count, samples, features]: normal, of unequal variances, along random directions."""
+        decay = random.uniform(count, 1, 1, high=1.0)
+        spectrum = torch.arange(1, self.features + 1, device=random.device) ** -decay
+        mixing = random.normal(count, self.features, self.features) / math.sqrt(self.features)
+        x = (random.normal(count, self.samples, self.features) * spectrum) @ mixing
+        return x * random.log_uniform(count, 1, 1, low=0.5, high=2.0) / x.std((1, 2), keepdim=True)
+
+    def teach(self, count: int, random: Random, x: Tensor) -> Tensor:
+        """[count, samples, outputs], standardised outputs of a random network with one hidden layer."""
+        flat, width = x.flatten(2), 16
+        hidden = flat @ random.normal(count, flat.shape[-1], width) / math.sqrt(flat.shape[-1]) * 2
+        y = torch.tanh(hidden + random.normal(count, 1, width)) @ random.normal(count, width, self.outputs)
+        return (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True)
+
+    def instance(self, count: int, random: Random) -> Data:
+        x = self.samples_of(count, random)
+        y = self.teach(count, random, x)
+        if self.regression:
+            return {"x": x, "y": y + self.noise * random.normal(*y.shape) if self.noise else y}
+        labels = y.argmax(-1)
+        if self.noise:
+            wrong = random.uniform(*labels.shape) < self.noise
+            labels = torch.where(wrong, random.integers(*labels.shape, high=self.outputs), labels)
+        return {"x": x, "y": labels}
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        """Matrices uniform with variance gain^2 / (3 fan in), as in torch.nn; vectors zero."""
+        gain = random.log_uniform(count, low=1 / self.gain, high=self.gain)
+        tensors = []
+        for shape in self.shapes:
+            if len(shape) < 2:
+                tensors.append(torch.zeros(count, *shape, device=random.device))
+                continue
+            bound = 1 / math.sqrt(math.prod(shape[:-1]))
+            value = random.uniform(count, *shape, low=-bound, high=bound)
+            tensors.append(gain.view(-1, *[1] * len(shape)) * value)
+        return tensors
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        output = self.output(params, data["x"])
+        if self.regression:
+            return (output - data["y"]).square().mean((-2, -1))
+        chosen = torch.log_softmax(output, -1).gather(-1, data["y"][..., None])
+        return -chosen.mean((-2, -1))
+
+
+class Linear(Network):
+    """Logistic or linear regression."""
+
+    def layout(self) -> list[tuple[int, ...]]:
+        return [(self.features, self.outputs), (self.outputs,)]
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        return affine(x, *params)
+
+
+class MLP(Network):
+    """Fully connected network.
+
+    Args:
+        hidden: widths.
+        activation: after each hidden layer.
+        norm: None, batch_norm or layer_norm, before the activation; its scales start at 1.
+        residual: add a hidden layer's input to its output where the widths agree.
+        **options: of `Network`.
+    """
+
+    def __init__(self, hidden: tuple[int, ...] = (16,), activation: Activation = torch.relu,
+                 norm: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, *, residual: bool = False,
+                 features: int = 12, outputs: int = 4, samples: int = 192, batch: int = 32, noise: float = 0.0,
+                 regression: bool = False, gain: float = 1.5) -> None:
+        self.hidden, self.activation, self.norm, self.residual = hidden, activation, norm, residual
+        super().__init__(features, outputs, samples=samples, batch=batch, noise=noise, regression=regression, gain=gain)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        width = self.features
+        for size in self.hidden:
+            shapes += [(width, size), (size,)] + ([(size,)] if self.norm else [])
+            width = size
+        return [*shapes, (width, self.outputs), (self.outputs,)]
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        tensors = super().start(count, random, data)
+        if self.norm:
+            for scale in tensors[1:-2:3]:
+                scale.fill_(1.0)
+        return tensors
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        per_layer = 3 if self.norm else 2
+        for layer in range(len(self.hidden)):
+            weight, *rest = params[per_layer * layer : per_layer * (layer + 1)]
+            y = self.activation(self.norm(x @ weight, *rest) if self.norm else affine(x, weight, *rest))
+            x = x + y if self.residual and x.shape == y.shape else y
+        return affine(x, params[-2], params[-1])
+
+
+class Autoencoder(MLP):
+    """Reproduces its input through a bottleneck."""
+
+    def __init__(self, hidden: tuple[int, ...] = (8, 3, 8), activation: Activation = torch.tanh, *, features: int = 12,
+                 samples: int = 192, batch: int = 32) -> None:
+        super().__init__(hidden, activation, features=features, outputs=features, samples=samples, batch=batch,
+                         regression=True)
+
+    def instance(self, count: int, random: Random) -> Data:
+        x = self.samples_of(count, random)
+        return {"x": x, "y": x}
+
+
+class Conv(Network):
+    """3 x 3 convolutions, each with batch normalisation or a bias, mean over positions, linear classifier.
+
+    Images are smooth patterns, one for each class, shifted and with noise.
+
+    Args:
+        channels: of each convolution; equal neighbours are joined by residual connections.
+        size: height and width of the images.
+        norm: batch normalisation.
+        **options: of `Network`.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (6, 6), size: int = 5, activation: Activation = torch.relu, *,
+                 norm: bool = True, outputs: int = 4, samples: int = 96, batch: int = 16, noise: float = 0.0) -> None:
+        self.channels, self.size, self.activation, self.norm = channels, size, activation, norm
+        super().__init__(size * size, outputs, samples=samples, batch=batch, noise=noise)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        width = 1
+        for size in self.channels:
+            shapes += [(3, 3, width, size), (size,)] + ([(size,)] if self.norm else [])
+            width = size
+        return [*shapes, (width, self.outputs), (self.outputs,)]
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        tensors = super().start(count, random, data)
+        if self.norm:
+            for scale in tensors[1:-2:3]:
+                scale.fill_(1.0)
+        return tensors
+
+    def instance(self, count: int, random: Random) -> Data:
+        size, m = self.size, self.samples
+        patterns = F.avg_pool2d(random.normal(count, self.outputs, 2 * size, 2 * size), 2) * 3
+        labels = random.integers(count, m, high=self.outputs)
+        x = patterns[torch.arange(count, device=labels.device)[:, None], labels]
+        shift = int(random.scalar() * size)
+        rolled = random.uniform(count, m, 1, 1) < 0.5
+        x = torch.where(rolled, x.roll(shift, -1), x) + random.normal(count, m, size, size)
+        if self.noise:
+            wrong = random.uniform(count, m) < self.noise
+            labels = torch.where(wrong, random.integers(count, m, high=self.outputs), labels)
+        return {"x": x, "y": labels}
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        x = x[..., None]
+        per_layer = 3 if self.norm else 2
+        for layer in range(len(self.channels)):
+            kernel, *rest = params[per_layer * layer : per_layer * (layer + 1)]
+            y = convolve(x, kernel)
+            y = self.activation(batch_norm(y, *rest) if self.norm else y + _channels(rest[0], y))
+            x = x + y if x.shape == y.shape else y
+        return affine(x.mean((-3, -2)), params[-2], params[-1])
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """"Same" convolution of each copy: [count, m, h, w, c], [count, k, k, c, out] -> [count, m, h, w, out]."""
+    count, m, height, width, _ = x.shape
+    k = kernel.shape[1]
+    padded = F.pad(x, (0, 0, k // 2, k // 2, k // 2, k // 2))
+    patches = padded.unfold(2, k, 1).unfold(3, k, 1)  # [count, m, h, w, c, k, k]
+    columns = patches.permute(0, 1, 2, 3, 5, 6, 4).reshape(count, m * height * width, -1)
+    return (columns @ kernel.flatten(1, 3)).view(count, m, height, width, -1)
+
+
+class Tokens(Network):
+    """Base of networks on sequences of tokens; the label depends on all pairs of tokens through a random table."""
+
+    def __init__(self, vocabulary: int = 8, length: int = 6, width: int = 8, *, outputs: int = 4, samples: int = 192,
+                 batch: int = 32, noise: float = 0.0) -> None:
+        self.vocabulary, self.length, self.width = vocabulary, length, width
+        super().__init__(vocabulary * length, outputs, samples=samples, batch=batch, noise=noise)
+
+    def samples_of(self, count: int, random: Random) -> Tensor:
+        """[count, samples, length], tokens."""
+        return random.integers(count, self.samples, self.length, high=self.vocabulary)
+
+    def teach(self, count: int, random: Random, x: Tensor) -> Tensor:
+        copies = torch.arange(count, device=x.device).view(-1, 1, 1, 1)
+        y = random.normal(count, self.vocabulary, self.vocabulary, self.outputs)[copies, x[..., None], x[..., None, :]]
+        y = y.sum((2, 3))
+        return (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True)
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        tensors = super().start(count, random, data)
+        tensors[0] = random.normal(count, *self.shapes[0])  # embeddings, as in torch.nn
+        return tensors
+
+    def embed(self, embeddings: Tensor, x: Tensor) -> Tensor:
+        """[count, vocabulary, width], [count, m, length] -> [count, m, length, width]."""
+        return F.one_hot(x, self.vocabulary).to(embeddings).flatten(1, 2).matmul(embeddings).unflatten(1, x.shape[1:])
+
+
+class Attention(Tokens):
+    """One pre-norm transformer block with one head; layer normalisation without learned scales."""
+
+    def layout(self) -> list[tuple[int, ...]]:
+        d = self.width
+        return [(self.vocabulary, d), (self.length, d), (d, 3 * d), (d, d), (d, 2 * d), (2 * d,), (2 * d, d), (d,),
+                (d, self.outputs), (self.outputs,)]
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        embeddings, positions, mix_in, mix_out, expand, expand_bias, contract, contract_bias, weight, bias = params
+        d = self.width
+        h = self.embed(embeddings, x) + 0.3 * positions[:, None]
+        query, key, value = (F.layer_norm(h, (d,)).flatten(1, 2) @ mix_in).unflatten(1, x.shape[1:]).chunk(3, -1)
+        seen = torch.softmax(query @ key.mT / math.sqrt(d), -1) @ value
+        h = h.flatten(1, 2) + seen.flatten(1, 2) @ mix_out
+        h = h + affine(F.gelu(affine(F.layer_norm(h, (d,)), expand, expand_bias)), contract, contract_bias)
+        return affine(F.layer_norm(h, (d,)).unflatten(1, x.shape[1:]).mean(2), weight, bias)
+
+
+class Recurrent(Tokens):
+    """Plain tanh recurrent network, read out at its end."""
+
+    def layout(self) -> list[tuple[int, ...]]:
+        d = self.width
+        return [(self.vocabulary, d), (d, d), (d,), (d, self.outputs), (self.outputs,)]
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        embeddings, recurrent, shift, weight, bias = params
+        inputs = self.embed(embeddings, x) + shift[:, None, None]
+        h = torch.tanh(inputs[:, :, 0])
+        for t in range(1, self.length):
+            h = torch.tanh(inputs[:, :, t] + h @ recurrent)
+        return affine(h, weight, bias)
+
+
+class NextToken(Tokens):
+    """Predicts a token from the two before it, drawn from a random table: sparse gradients in the embeddings."""
+
+    def __init__(self, vocabulary: int = 12, width: int = 6, *, batch: int = 24, samples: int = 256) -> None:
+        super().__init__(vocabulary, 2, width, outputs=vocabulary, samples=samples, batch=batch)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        return [(self.vocabulary, self.width), (2 * self.width, 2 * self.width), (2 * self.width,),
+                (2 * self.width, self.outputs), (self.outputs,)]
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        embeddings, weight, bias, out, out_bias = params
+        return affine(torch.relu(affine(self.embed(embeddings, x).flatten(2), weight, bias)), out, out_bias)
