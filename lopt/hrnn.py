@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +19,30 @@ from lopt import backends
 from lopt.backends.reference import sums_columns
 from lopt.config import GRADIENT_LIMIT, HRNNConfig
 from lopt.metaparams import MetaParams
-from lopt.state import init_global, init_state, like_parameter, rows
+from lopt.state import ROWS, init_global, init_state, like_parameter, rows, strides
 
 NONFINITE = ("skip", "raise")
 LIKELY_A_LEARNING_RATE = 0.05
 
+OPTIONS = {
+    "lr": 1.0, "init_lr": 1e-3, "weight_decay": 0.0, "maximize": False, "foreach": None, "fused": None,
+    "capturable": False, "differentiable": False, "train_mode": True,
+}  # of a parameter group, with their defaults
 
-class _Tensors(NamedTuple):
-    """The tensors that take part in a step on one device, as parallel lists with one entry per tensor."""
+Group = dict[str, Any]
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Tensor]]
-    maximize: list[bool]
-    lr: list[float | Tensor]
-    weight_decay: list[float]
 
-    def state(self, name: str) -> list[Tensor]:
-        """One kind of state of every tensor; empty where the architecture has no such kind."""
-        return [state[name] for state in self.states] if name in self.states[0] else []
+class _Plan(NamedTuple):
+    """What all steps over tensors of the same sizes on one device have in common."""
+
+    backend: ModuleType
+    meta: MetaParams
+    numel: list[int]  # T
+    skip: Tensor  # []
+    update: Tensor  # [n]
+    attention_update: Tensor | None  # [n]
+    sums: Tensor  # [T, K]
+    scale: Tensor  # [T, 1], with attention [T, 2]
 
 
 class HRNN(Optimizer):
@@ -46,20 +54,19 @@ class HRNN(Optimizer):
     Args:
         params: parameters or parameter groups, real or complex, any floating dtype; the state is float32.
         lr: factor of the learned step, a float or a tensor with one element. Leave it at 1.0; schedules scale it.
-        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights, or None for the default ones.
+        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: the default ones.
         init_lr: learning rate that every parameter starts from; it is adapted within the first 50-100 steps.
         weight_decay: decoupled, in AdamW's units: a step shrinks a tensor by lr * weight_decay * its learned rate.
         maximize: climb instead of descend.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the fastest usable on each parameter's device.
-        nonfinite: what to do with a gradient that is NaN, infinite or beyond 1e18: "skip" leaves parameters and all state
-            untouched in that step and counts it in `skipped_steps`; "raise" raises naming the tensor.
+        nonfinite: what a gradient that is NaN, infinite or beyond 1e18 does: with "skip" the step leaves parameters and
+            all state untouched and is counted in `skipped_steps`; "raise" raises naming the tensor.
         foreach, differentiable: unsupported, raise if true.
         fused: None or True take a fused kernel where there is one (True insists), False the reference.
         capturable: accepted; the step needs no host synchronisation either way.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
-        RuntimeError: the requested backend cannot run here, or a gradient is sparse.
 
     Note:
         The state is 76 bytes per parameter. All tensors on a device share one global state, so the order of tensors in
@@ -70,8 +77,8 @@ class HRNN(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    nonfinite: str = "skip"
+    backend: str | None = None
 
     def __init__(
         self,
@@ -92,21 +99,29 @@ class HRNN(Optimizer):
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite={nonfinite!r} must be one of {', '.join(NONFINITE)}")
         backends.check_name(backend)
+        options = {
+            "lr": lr, "init_lr": init_lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach,
+            "fused": fused, "capturable": capturable, "differentiable": differentiable, "train_mode": True,
+        }
+        _check_group(options)
         self.meta = MetaParams.resolve(meta)
         self.nonfinite = nonfinite
         self.backend = backend
         self._skipped: Tensor | None = None
-        self._workspace: dict[torch.device, Tensor] = {}
-        defaults = {
-            "lr": lr, "init_lr": init_lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach,
-            "fused": fused, "capturable": capturable, "differentiable": differentiable, "train_mode": True,
-        }
-        _check_group(defaults)
-        if not isinstance(lr, Tensor) and 0 < lr <= LIKELY_A_LEARNING_RATE:
+        self._prepare()
+        super().__init__(params, options)
+        factors = [group["lr"] for group in self.param_groups if not isinstance(group["lr"], Tensor)]
+        if small := [lr for lr in factors if 0 < lr <= LIKELY_A_LEARNING_RATE]:
             warnings.warn(
-                f"lr={lr} multiplies the learned step, which has its own learning rate: leave lr at 1.0. "
-                f"To choose where the learned rate starts, pass init_lr={lr}.", stacklevel=2)
-        super().__init__(params, defaults)
+                f"lr={small[0]} multiplies the learned step, which has its own learning rate: leave lr at 1.0. "
+                f"To choose where the learned rate starts, pass init_lr={small[0]}.", stacklevel=2)
+
+    def _prepare(self) -> None:
+        """Set what follows from the meta-parameters and is not saved."""
+        names = [row.name for row in rows(self.config)]
+        self._columns = ("param", "grad", *names)  # what `_init_group` lists of each tensor
+        self._read_state = operator.itemgetter(*names)
+        self._plans: dict[torch.device, _Plan] = {}
 
     @property
     def config(self) -> HRNNConfig:
@@ -118,21 +133,20 @@ class HRNN(Optimizer):
         """Steps that changed nothing because of a non-finite gradient, since this object was made."""
         return 0 if self._skipped is None else int(self._skipped.item())
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add parameters with options of their own, as `torch.optim.Optimizer.add_param_group` does.
 
         Raises:
             ValueError: an option of the group is out of range.
-            TypeError: a parameter is not of a floating or complex dtype.
         """
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for index, param in enumerate(self.param_groups[-1]["params"]):
-            if not (param.is_floating_point() or param.is_complex()):
-                self.param_groups.pop()
-                raise TypeError(f"parameter {index} of the group has dtype {param.dtype}; HRNN optimizes floating and complex "
-                                f"tensors: leave it out")
+        # Torch warns of a parameter listed twice; it is stepped once.
+        group = self.param_groups[-1]
+        first = sorted({param: index for index, param in reversed(list(enumerate(group["params"])))}.values())
+        for key in group.keys() & {"params", "param_names"}:
+            group[key] = [group[key][index] for index in first]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"meta": self.meta, "nonfinite": self.nonfinite, "backend": self.backend, "_skipped": self._skipped}
@@ -140,10 +154,11 @@ class HRNN(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._workspace = {}
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        self.__dict__.setdefault("_skipped", None)
+        self._prepare()
+        for options in (self.defaults, *self.param_groups):
+            for name, default in OPTIONS.items():
+                options.setdefault(name, self.defaults.get(name, default))
         self._share_global_hidden()
 
     def _share_global_hidden(self) -> None:
@@ -155,70 +170,75 @@ class HRNN(Optimizer):
                 state["global_hidden"] = shared.setdefault(hidden.device, hidden)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. The state keeps its own dtype, whatever the parameters' is.
+        """Load a copy of what `state_dict` returned. The state stays float32, whatever the parameters' dtype is.
 
         Raises:
             ValueError: the groups do not match, or a state has another architecture or shape; nothing is changed then.
         """
-        loaded: dict[str, Any] = {}
+        loaded: dict[Tensor, dict[str, Any]] = {}
 
-        def capture(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            loaded.update(state_dict)
-            self._check_loadable(state_dict)
+        # Torch casts state to the parameter's dtype, so it is given the groups alone: `take` runs after every other
+        # pre-hook, `put` before every other post-hook.
+        def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+            params = [param for group in self.param_groups for param in group["params"]]
+            rest = dict(state_dict["state"])
+            for key, param in zip(keys, params, strict=False):
+                if state := rest.pop(key, None):
+                    self._check_loadable(key, param, state)
+                    loaded[param] = state
+            return {**state_dict, "state": rest}
 
-        handle = self.register_load_state_dict_pre_hook(capture)
+        def put(_: Optimizer) -> None:
+            for param, state in loaded.items():
+                self.state[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
+            self._share_global_hidden()
+
+        hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        sizes = {row.name: row.size(self.config) for row in rows(self.config, "parameter")} | {"attended": None}
-        for index, param in self._indexed(loaded):
-            for name, value in loaded["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    # Undo the cast to the parameter's dtype, and share no memory with the dictionary.
-                    value = value.detach().to(device=param.device, copy=True)
-                    self.state[param][name] = like_parameter(value, _real(param), sizes[name]) if name in sizes else value
-        self._share_global_hidden()
+            for hook in hooks:
+                hook.remove()
 
-    def _indexed(self, state_dict: dict[str, Any]) -> Iterable[tuple[Any, Tensor]]:
-        """Pairs of a parameter's key in a state dictionary and the parameter."""
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        return zip(keys, params, strict=False)
-
-    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+    def _check_loadable(self, key: Any, param: Tensor, state: dict[str, Any]) -> None:
         expected = {row.name: row for row in rows(self.config)}
-        for index, param in self._indexed(state_dict):
-            state = state_dict["state"].get(index, {})
-            if state and (missing := [name for name in expected if name not in state]):
-                raise ValueError(f"the state of parameter {index} lacks {missing}: it was saved by another optimizer, or by "
-                                 f"HRNN with another architecture; pass the same meta as when it was saved")
-            for name, value in state.items():
-                if name not in expected or not isinstance(value, Tensor):
-                    continue
-                size = expected[name].size(self.config)
-                outer = () if size is None else (size,)
-                shape = (*outer, *_real(param).shape) if expected[name].per == "parameter" else outer
-                if tuple(value.shape) != shape:
-                    raise ValueError(f"{name!r} of parameter {index} has shape {tuple(value.shape)} in the state to load and "
-                                     f"must be {shape}: another model, or another architecture of the optimizer")
+        missing = [name for name in expected if name not in state]
+        surplus = [row.name for row in ROWS if row.name in state and row.name not in expected]
+        if missing or surplus:
+            raise ValueError(
+                f"the state of parameter {key} {'lacks' if missing else 'has, beyond this architecture,'} "
+                f"{', '.join(missing or surplus)}: it was saved by another optimizer, or by HRNN with another "
+                f"architecture; pass the same meta as when it was saved")
+        for name, row in expected.items():
+            size = row.size(self.config)
+            outer, inner = () if size is None else (size,), _real(param).shape if row.per == "parameter" else ()
+            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+            if found != (*outer, *inner):
+                raise ValueError(f"{name!r} of parameter {key} has shape {found} in the state to load and must have "
+                                 f"{(*outer, *inner)}: another model, or another architecture of the optimizer")
 
+    def _loaded(self, name: str, value: Any, param: Tensor) -> Any:
+        """A value of a state to load, as a parameter's own: copied, on its device and in its memory order."""
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        dtype = torch.float32 if any(name == row.name for row in ROWS) else value.dtype
+        value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+        per_parameter = any(name == row.name for row in rows(self.config, "parameter"))
+        return like_parameter(value, _real(param)) if per_parameter else value
+
+    @torch.no_grad()
     def train(self, mode: bool = True) -> None:
         """Put the point at which gradients are wanted into the parameters. Does nothing without attention."""
         for group in self.param_groups:
-            if group["train_mode"] == mode:
-                continue
+            for param in group["params"] if group["train_mode"] != mode else ():
+                real, state = _real(param), self.state.get(param, {})
+                if "true_param" in state and mode:
+                    real.copy_(state.pop("attended"))
+                elif "true_param" in state:
+                    state["attended"] = real.clone()
+                    real.copy_(state["true_param"])
             group["train_mode"] = mode
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                if "true_param" not in state:
-                    continue
-                with torch.no_grad():
-                    if mode:
-                        param.copy_(state.pop("attended"))
-                    else:
-                        state["attended"] = param.detach().clone()
-                        _real(param).copy_(state["true_param"])
 
     def eval(self) -> None:
         """Put the optimized parameters into the model, for evaluation and saving. Does nothing without attention."""
@@ -235,130 +255,168 @@ class HRNN(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, the optimizer is in `eval` mode while using attention, or, with
-                nonfinite="raise", a gradient is not finite. Parameters and state are as before.
+            RuntimeError: a gradient is sparse, the requested backend cannot run here, the optimizer is in `eval` mode
+                while using attention, or, with nonfinite="raise", a gradient is not finite. Nothing has moved then.
+            TypeError: a parameter with a gradient is not of a floating or complex dtype.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        by_device: dict[torch.device, _Tensors] = {}
-        for group in self.param_groups:
-            self._init_group(group, by_device)
+        if self.meta.config.attention and not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError("step() was called in eval mode: the parameters hold the point to evaluate, not the one "
+                               "at which gradients are wanted. Call optimizer.train() before the training step")
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by GradScaler
         if self.nonfinite == "raise" and found_inf is None:
             self._raise_nonfinite()
-        skip = torch.zeros(()) if len(by_device) != 1 else torch.zeros((), device=next(iter(by_device)))
-        if found_inf is not None:
-            skip = skip + found_inf.to(skip.device).reshape(())
-        if len(by_device) > 1:
+        tensors: list[Tensor] = []
+        groups: list[Group] = []
+        has_complex, width = False, len(self._columns)
+        for group in self.param_groups:
+            before = len(tensors)
+            has_complex |= self._init_group(group, tensors)
+            groups += [group] * ((len(tensors) - before) // width)
+        if not groups:
+            return loss
+        columns = {name: tensors[index::width] for index, name in enumerate(self._columns)}
+        if has_complex:
+            columns |= {name: [_real(tensor) for tensor in columns[name]] for name in ("param", "grad")}
+        devices = [param.device for param in columns["param"]]
+        if devices.count(devices[0]) == len(devices):
+            skip = self._step_device(devices[0], columns, groups, found_inf, grad_scale)
+        else:
             # One device's overflow must hold back the others before any of them has moved.
-            for tensors in by_device.values():
-                for grad in tensors.grads:
-                    skip = skip + (~_within_limit(grad, grad_scale)).to(device=skip.device, dtype=skip.dtype)
-        for device, tensors in by_device.items():
-            skip = skip.to(device)
-            self._step_device(device, tensors, skip, grad_scale)
+            overflows = [~_within_limit(grad, grad_scale).to(devices[0]) for grad in columns["grad"]]
+            skip = torch.stack(overflows).any().float() + (0 if found_inf is None else found_inf.to(devices[0]))
+            for device in dict.fromkeys(devices):
+                here = [index for index, other in enumerate(devices) if other == device]
+                own = {name: [column[index] for index in here] for name, column in columns.items()}
+                self._step_device(device, own, [groups[index] for index in here], skip, grad_scale)
         if self._skipped is None:
-            self._skipped = torch.zeros((), device=skip.device)
-        self._skipped = self._skipped.to(skip.device).add_(skip != 0)
+            self._skipped = torch.zeros_like(skip)
+        self._skipped.add_(skip.sign())
         return loss
 
-    def _init_group(self, group: dict[str, Any], by_device: dict[torch.device, _Tensors]) -> None:
-        """Sort a group's tensors with a gradient by device, making their state at the first sight of them."""
-        if self.config.attention and not group["train_mode"]:
-            raise RuntimeError("step() was called in eval mode: the parameters hold the point to evaluate, not the one at which "
-                               "gradients are wanted. Call optimizer.train() before the training step")
-        lr, weight_decay, maximize = group["lr"], group["weight_decay"], group["maximize"]
+    def _init_group(self, group: Group, tensors: list[Tensor]) -> bool:
+        """List the tensors of a group that take part in a step, making their state at the first sight of them.
+
+        Args:
+            group: a parameter group.
+            tensors: extended by `_columns` of each parameter with a gradient and at least one value, one behind the
+                other: a flat list of tensors is what torch.compile hands on.
+
+        Returns:
+            Whether a parameter is complex.
+        """
+        has_complex, states, read_state = False, self.state, self._read_state
         for param in group["params"]:
             grad = param.grad
             if grad is None:
                 continue
-            if grad.layout != torch.strided:
-                raise RuntimeError("HRNN does not support sparse gradients: use sparse=False in the embedding, or another "
-                                   "optimizer for its parameters")
-            param, state = _real(param), self.state[param]
-            if grad.is_complex():
-                grad = torch.view_as_real(grad)
-            if not state:
-                self._init_state(param, state, group["init_lr"])
-            if param.numel() == 0:
+            if grad.layout is not torch.strided:
+                raise RuntimeError("HRNN does not support sparse gradients: use sparse=False in the embedding, or "
+                                   "another optimizer for its parameters")
+            state = states[param]
+            if "hidden" not in state:
+                self._init_state(_real(param), state, group["init_lr"])
+            numel, hidden = param.numel(), state["hidden"]
+            if numel == 0:
                 continue
-            hidden = state["hidden"]
-            if hidden.device != param.device or hidden.shape[1:] != param.shape:
-                raise RuntimeError(
-                    f"a parameter has shape {tuple(param.shape)} on {param.device}, its state was made for "
-                    f"{tuple(hidden.shape[1:])} on {hidden.device}. After moving a model call "
-                    f"optimizer.load_state_dict(optimizer.state_dict()); after changing shapes make another optimizer")
-            if hidden.stride()[1:] != param.stride():
-                for row in rows(self.config, "parameter"):
-                    state[row.name] = like_parameter(state[row.name], param, row.size(self.config))
-            tensors = by_device.get(param.device)
-            if tensors is None:
-                tensors = by_device[param.device] = _Tensors([], [], [], [], [], [])
-            tensors.params.append(param)
-            tensors.grads.append(grad)
-            tensors.states.append(state)
-            tensors.maximize.append(maximize)
-            tensors.lr.append(lr)
-            tensors.weight_decay.append(weight_decay)
+            if hidden.stride() != (numel, *param.stride()) or hidden.device != param.device:
+                has_complex |= param.is_complex()
+                self._fit_state(_real(param), state)
+            tensors += (param, grad, *read_state(state))
+        return has_complex
 
     def _init_state(self, param: Tensor, state: dict[str, Tensor], init_lr: float) -> None:
+        if not param.is_floating_point():
+            raise TypeError(f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype} and a gradient; HRNN "
+                            f"optimizes floating and complex tensors: leave it out")
         log_lr = min(max(math.log(init_lr), self.config.log_lr_min), self.config.log_lr_max)
-        shared = next((other["global_hidden"] for other in self.state.values()
-                       if "global_hidden" in other and other["global_hidden"].device == param.device), None)
+        shared = [other["global_hidden"] for other in self.state.values()
+                  if "global_hidden" in other and other["global_hidden"].device == param.device]
         state.update(init_state(param, self.meta, log_lr))
         if self.config.levels >= 3:
-            state["global_hidden"] = init_global(self.meta, param.device) if shared is None else shared
+            state["global_hidden"] = shared[0] if shared else init_global(self.meta, param.device)
 
-    def _step_device(self, device: torch.device, tensors: _Tensors, skip: Tensor, grad_scale: Tensor | None) -> None:
-        """The three stages, for all tensors of one device at once."""
-        config = self.config
-        count, numel = len(tensors.params), [param.numel() for param in tensors.params]
-        total, columns = sum(numel), sums_columns(config).count
-        directions = 1 + config.attention
-        sizes = [total] * directions + [count * columns, count * directions]
-        buffer = self._workspace.get(device)
-        if buffer is None or buffer.numel() != sum(sizes):
-            buffer = self._workspace[device] = torch.empty(sum(sizes), device=device)
-        *updates, sums, scale = buffer.split(sizes)
-        attention_update = updates[1] if config.attention else None
-        sums, scale = sums.view(count, columns), scale.view(count, directions)
-        backend = self._choose_backend(device)
-        step, log_lr_mean, tensor_hidden = tensors.state("step"), tensors.state("log_lr_mean"), tensors.state("tensor_hidden")
-        global_hidden = tensors.states[0].get("global_hidden", skip.new_empty(0))
+    def _fit_state(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Follow a parameter into another memory order; raise if it went to another device or shape."""
+        hidden = state["hidden"]
+        if hidden.device != param.device or hidden.shape[1:] != param.shape:
+            raise RuntimeError(
+                f"a parameter has shape {tuple(param.shape)} on {param.device}, its state was made for "
+                f"{tuple(hidden.shape[1:])} on {hidden.device}. After moving a model call "
+                f"optimizer.load_state_dict(optimizer.state_dict()); after changing shapes make another optimizer")
+        if hidden.stride() != strides(param, self.config.hidden_size):
+            for row in rows(self.config, "parameter"):
+                state[row.name] = like_parameter(state[row.name], param)
+
+    def _step_device(
+        self, device: torch.device, columns: dict[str, list[Tensor]], groups: list[Group], found_inf: Tensor | None,
+        grad_scale: Tensor | None
+    ) -> Tensor:
+        """The three stages, for all tensors of one device at once; returns [] other than 0 if nothing was changed."""
+        numel = [param.numel() for param in columns["param"]]
+        plan = self._plans.get(device)
+        if plan is None or plan.numel != numel:
+            plan = self._plans[device] = self._make_plan(device, numel)
+        backend, meta, skip, step = plan.backend, plan.meta, plan.skip, columns["step"]
+        if found_inf is None:
+            skip.zero_()
+        else:
+            skip.copy_(found_inf.reshape(()))
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(device)
+        tensor_hidden, log_lr_mean = columns.get("tensor_hidden", []), columns.get("log_lr_mean", [])
+        global_hidden = columns["global_hidden"][0] if "global_hidden" in columns else skip.new_empty(0)
         backend.advance(
-            self.meta, tensors.grads, tensors.state("hidden"), tensors.state("accum"), tensors.state("ms"),
-            tensors.state("log_lr"), step, tensor_hidden, global_hidden, log_lr_mean, numel=numel,
-            maximize=tensors.maximize, grad_scale=grad_scale, skip=skip, update=updates[0],
-            attention_update=attention_update, sums=sums)
+            meta, columns["grad"], columns["hidden"], columns["accum"], columns["ms"], columns.get("log_lr", []),
+            step, tensor_hidden, global_hidden, log_lr_mean, numel=numel,
+            maximize=[group["maximize"] for group in groups], grad_scale=grad_scale, skip=skip, update=plan.update,
+            attention_update=plan.attention_update, sums=plan.sums)
         backend.summarise(
-            self.meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
+            meta, plan.sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=plan.scale)
         backend.apply(
-            self.meta, tensors.params, tensors.state("true_param"), updates[0], attention_update, scale, log_lr_mean,
-            lr=tensors.lr, weight_decay=tensors.weight_decay, skip=skip)
+            meta, columns["param"], columns.get("true_param", []), plan.update, plan.attention_update, plan.scale,
+            log_lr_mean, lr=[group["lr"] for group in groups],
+            weight_decay=[group["weight_decay"] for group in groups], skip=skip)
+        return skip
 
-    def _choose_backend(self, device: torch.device) -> Any:
+    def _make_plan(self, device: torch.device, numel: list[int]) -> _Plan:
         requested, fused = self.backend, self.defaults["fused"]
         if requested is None and fused is False:
             requested = "reference"
         backend = backends.choose(device, self.config, requested)
         if fused and backend.__name__.endswith(".reference"):
-            raise RuntimeError(f"fused=True needs a kernel, and none is usable for these meta-parameters on {device.type}: "
-                               f"see `lopt info`, or leave fused at None")
-        return backend
+            raise RuntimeError(
+                f"`fused=True` requires all the params to be floating point Tensors of supported devices, and on "
+                f"{device.type} no fused kernel is usable for these meta-parameters: see `lopt info`; fused=None takes "
+                f"the fastest backend there is")
+        updates = [torch.empty(sum(numel), device=device) for _ in range(1 + self.config.attention)]
+        return _Plan(
+            backend=backend,
+            meta=self.meta.to(dtype=torch.float32, device=device),
+            numel=numel,
+            skip=torch.zeros((), device=device),
+            update=updates[0],
+            attention_update=updates[1] if self.config.attention else None,
+            sums=torch.empty(len(numel), sums_columns(self.config).count, device=device),
+            scale=torch.empty(len(numel), len(updates), device=device),
+        )
 
     def _raise_nonfinite(self) -> None:
         for position, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
-                if param.grad is not None and not _within_limit(param.grad, None):
+                grad = param.grad
+                if grad is not None and grad.layout is torch.strided and not _within_limit(grad, None):
                     name = group["param_names"][index] if "param_names" in group else f"{index} of group {position}"
-                    raise RuntimeError(f"the gradient of parameter {name}, shape {tuple(param.shape)}, is not finite. Nothing was "
-                                       f"changed; nonfinite='skip' would pass over such steps")
+                    raise RuntimeError(
+                        f"the gradient of parameter {name}, shape {tuple(param.shape)}, is not finite or beyond "
+                        f"{GRADIENT_LIMIT:g}. Nothing was changed; nonfinite='skip' would pass over such steps")
 
 
 def _real(param: Tensor) -> Tensor:
-    """A complex parameter as pairs of real ones."""
+    """A complex tensor as pairs of real numbers."""
     return torch.view_as_real(param) if param.is_complex() else param
 
 
@@ -369,7 +427,7 @@ def _within_limit(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
     return (grad.abs() <= GRADIENT_LIMIT).all()
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_group(group: Group) -> None:
     """Raise ValueError if an option of a parameter group is out of range."""
     lr, init_lr, weight_decay = group["lr"], group["init_lr"], group["weight_decay"]
     if isinstance(lr, Tensor):

@@ -58,20 +58,24 @@ def bytes_per_parameter(config: HRNNConfig) -> int:
     return sum(4 * (row.size(config) or 1) for row in rows(config, "parameter"))
 
 
+def strides(param: Tensor, size: int | None) -> tuple[int, ...]:
+    """Strides of the state of `param`: its slices lie like the parameter, without gaps and overlaps it may have."""
+    inner = torch.empty_like(param, device="meta").stride()
+    return inner if size is None else (max(param.numel(), 1), *inner)
+
+
 def empty_rows(param: Tensor, size: int | None, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised state for `param`: `[size, *shape]`, or `[*shape]` without a size, in the parameter's memory order."""
-    like = torch.empty_like(param, dtype=dtype, device="meta")
-    if size is None:
-        return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=param.device)
-    # A zero-element tensor has no order to keep, and its slices may overlap.
-    outer = like.numel() or 1
-    return torch.empty_strided((size, *like.shape), (outer, *like.stride()), dtype=dtype, device=param.device)
+    """Uninitialised state of `param`, `[size, *shape]`, or `[*shape]` without a size, in its memory order."""
+    shape = tuple(param.shape) if size is None else (size, *param.shape)
+    return torch.empty_strided(shape, strides(param, size), dtype=dtype, device=param.device)
 
 
-def like_parameter(tensor: Tensor, param: Tensor, size: int | None) -> Tensor:
-    """`tensor`, copied into the memory order of `param` if it has another one."""
-    wanted = empty_rows(param.detach(), size, dtype=tensor.dtype) if param.numel() else tensor
-    return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
+def like_parameter(tensor: Tensor, param: Tensor) -> Tensor:
+    """State `[size, *shape]` or `[*shape]`, copied into the memory order of `param` if it has another one."""
+    size = tensor.shape[0] if tensor.dim() > param.dim() else None
+    if tensor.stride() == strides(param, size) or param.numel() == 0:
+        return tensor
+    return empty_rows(param, size, dtype=tensor.dtype).copy_(tensor)
 
 
 def init_state(
