@@ -69,7 +69,7 @@ def run(command: list[str]) -> tuple[bool, str]:
     if done.returncode == 0:
         return True, output
     errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()
-    return False, errors[0].strip() if errors else f"{command[0]} exits {done.returncode}"
+    return False, re.sub(r"^\S+: ", "", errors[0].strip()) if errors else f"{command[0]} exits {done.returncode}"
 
 
 def links(compiler: list[str], code: str, suffix: str = ".cpp") -> tuple[bool, str]:

@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -96,7 +95,12 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and (name := error.name.partition(".")[0]) in EXTRAS:
         package, extra = EXTRAS[name]
         return f'{package} is not installed; it comes with an extra of lopt: pip install "lopt[{extra}]"'
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    if isinstance(error, OSError) or raised_in.is_relative_to(Path(lopt.__file__).resolve().parent):
+    if isinstance(error, OSError) or _raised_by(error).partition(".")[0] == "lopt":
         return " ".join(str(error).split())
     return None
+
+
+def _raised_by(error: Exception) -> str:
+    """Name of the module whose line raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "")
