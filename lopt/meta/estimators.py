@@ -1,0 +1,129 @@
+"""Estimators of the gradient of the meta-loss by the meta-parameters, one interface.
+
+An estimator restarts the tasks of a world whose episodes are over, advances it by one unroll and returns the meta-loss
+and its gradient. Truncated backpropagation has little variance and ignores what happens after an unroll (and, of first
+order, how gradients change with parameters). Persistent evolution strategies (Vicol, Metz, Sohl-Dickstein 2021) have no
+such bias, at any length of the episodes, and more variance; plain evolution strategies see single unrolls.
+Checked by tests/meta/test_estimators.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lopt.config import HRNNConfig
+from lopt.meta.unroll import World
+from lopt.metaparams import MetaParams
+
+
+class Estimate(NamedTuple):
+    """Meta-loss and meta-gradient of one unroll."""
+
+    loss: float  # mean over rows, weighted over tasks
+    losses: Tensor  # [P], mean over rows
+    grad: Tensor  # [M], in the order of MetaParams.flat
+
+
+class Estimator(Protocol):
+    """What the three estimators have in common."""
+
+    repeat: int  # copies that must share random numbers: `Random(generator, repeat)` of the worlds
+
+    def __call__(self, meta: MetaParams, world: World, steps: int) -> Estimate:
+        """Advance `world` by `steps` steps under `meta`, possibly perturbed, and estimate the meta-gradient."""
+        ...
+
+
+def unflatten(config: HRNNConfig, flat: Tensor) -> dict[str, Tensor]:
+    """Vectors of meta-parameters, [*B, M], as the mapping that the update rule takes."""
+    out = {}
+    for name, (offset, shape) in MetaParams.layout(config).items():
+        out[name] = flat[..., offset : offset + math.prod(shape)].reshape((*flat.shape[:-1], *shape))
+    return out
+
+
+def _estimate(world: World, losses: Tensor, grad: Tensor) -> Estimate:
+    """losses: [R, P]."""
+    mean = losses.detach().mean(0)
+    return Estimate((mean * world.mix.weights).sum().item(), mean, grad)
+
+
+class TruncatedBPTT:
+    """Backpropagation through one unroll.
+
+    Args:
+        second_order: differentiate through the tasks' gradients as well.
+    """
+
+    repeat = 1
+
+    def __init__(self, *, second_order: bool = False) -> None:
+        self.second_order = second_order
+
+    def __call__(self, meta: MetaParams, world: World, steps: int) -> Estimate:
+        flat = meta.flat().detach().requires_grad_()
+        named = unflatten(meta.config, flat)
+        world.restart(named)
+        losses = world.unroll(named, steps, derivatives=2 if self.second_order else 1)
+        (grad,) = torch.autograd.grad((losses.mean(0) * world.mix.weights).sum(), flat)
+        return _estimate(world, losses, grad)
+
+
+class _EvolutionStrategy:
+    """Antithetic pairs of perturbed optimizers: row i and row i + R/2 see the same world.
+
+    Args:
+        sigma: standard deviation of the perturbation of every meta-parameter.
+    """
+
+    repeat = 2
+
+    def __init__(self, sigma: float = 0.01) -> None:
+        self.sigma = sigma
+
+    def _noise(self, meta: MetaParams, world: World) -> Tensor:
+        generator = world.random.generator
+        return self.sigma * torch.randn(world.rows // 2, meta.count, generator=generator, device=generator.device)
+
+    def _losses(self, meta: MetaParams, world: World, steps: int, noise: Tensor) -> tuple[Tensor, list[int]]:
+        """[R, P] under perturbed meta-parameters, and the tasks that were restarted."""
+        if world.rows % 2 or world.random.repeat != 2:
+            raise ValueError(f"antithetic pairs need an even number of rows of Random(.., repeat=2), got {world.rows} rows, "
+                             f"repeat={world.random.repeat}")
+        with torch.no_grad():
+            flat = meta.flat()
+            named = unflatten(meta.config, torch.cat([flat + noise, flat - noise]))
+            restarted = world.restart(named)
+            return world.unroll(named, steps, derivatives=0), restarted
+
+
+class ES(_EvolutionStrategy):
+    """Evolution strategies on single unrolls. Both members of a pair start each of them from the first one's state."""
+
+    def __call__(self, meta: MetaParams, world: World, steps: int) -> Estimate:
+        noise = self._noise(meta, world)
+        losses, _ = self._losses(meta, world, steps, noise)
+        world.copy_first_half()
+        plus, minus = losses.chunk(2)
+        slope = ((plus - minus) * world.mix.weights).sum(-1) / (2 * self.sigma**2)
+        return _estimate(world, losses, slope @ noise / len(noise))
+
+
+class PES(_EvolutionStrategy):
+    """Persistent evolution strategies: an unroll's loss is credited to all noise since the task's start."""
+
+    def __call__(self, meta: MetaParams, world: World, steps: int) -> Estimate:
+        noise = self._noise(meta, world)
+        losses, restarted = self._losses(meta, world, steps, noise)
+        if world.perturbation is None:
+            world.perturbation = noise.new_zeros(len(noise), len(world.mix), meta.count)
+        world.perturbation[:, restarted] = 0.0
+        world.perturbation += noise[:, None]
+        plus, minus = losses.chunk(2)
+        slope = (plus - minus) * world.mix.weights / (2 * self.sigma**2)  # [R/2, P]
+        grad = slope.flatten() @ world.perturbation.flatten(0, 1) / len(noise)
+        return _estimate(world, losses, grad)

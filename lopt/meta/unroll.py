@@ -1,0 +1,439 @@
+"""Many tasks advanced in lock-step by one learned optimizer, in unrolls that estimators differentiate or compare.
+
+A `Mix` lays P tasks side by side in one vector of n parameters, T tensors in all; R rows are independent copies of it.
+Each task is a problem of its own: its tensors share a global hidden state and a mean log lr, and it restarts on its own
+clock, with another instance, start and initial learning rates. `Mix` holds what does not change, `World` what does.
+
+The per-parameter stage is `reference.advance_flat` or a kernel with its signature (`choose_advance`).
+Checked by tests/meta/test_unroll.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.backends import reference
+from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, read_decays, sums_columns
+from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
+from lopt.meta.tasks.base import Data, Random, Task
+
+Meta = Mapping[str, Tensor]
+Advance = Callable[..., Advanced]
+
+
+def choose_advance(config: HRNNConfig, device: torch.device) -> Advance:
+    """The fastest per-parameter stage that can be differentiated on a device."""
+    if device.type == "cpu":
+        try:
+            from lopt.backends import cpu
+        except ImportError:
+            return reference.advance_flat
+        return getattr(cpu, "advance_flat", reference.advance_flat)
+    return reference.advance_flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A random length in steps, or another positive number.
+
+    Args:
+        low, high: log-uniform between them.
+        mean: if given, low + an exponential variable of this mean, rounded, instead.
+    """
+
+    low: float
+    high: float = 0.0
+    mean: float | None = None
+
+    def __call__(self, random: Random) -> float:
+        """One value."""
+        uniform = random.scalar()
+        if self.mean is not None:
+            return round(-self.mean * math.log1p(-uniform)) + self.low
+        return self.low * (max(self.high, self.low) / self.low) ** uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """What is drawn at every restart besides the task itself; all numbers in natural-log space or as (low, high).
+
+    Applied outside of the optimizer's sight: it works on theta / scale and sees loss_scale times the gradient. Apart from
+    epsilons the rule does not notice a common scale of a tensor's parameters and learning rates, so the spread of initial
+    learning rates is a spread of parameter scales too.
+
+    Args:
+        lr: initial learning rate, log-uniform for each task.
+        lr_tensor, lr_param: standard deviations of the jitter of a tensor's and a parameter's initial log lr.
+        scale: of each tensor's parameters, log-uniform; (1, 1) for none.
+        loss_scale: of each task's loss, log-uniform.
+    """
+
+    lr: tuple[float, float] = (3e-4, 3e-2)
+    lr_tensor: float = 0.5
+    lr_param: float = 0.1
+    scale: tuple[float, float] = (1.0, 1.0)
+    loss_scale: tuple[float, float] = (1e-4, 1e4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Meta-loss of one task: mean over steps of log((|f| + floor f_0) / f_0), the mean of the log ratio to the start.
+
+    Args:
+        floor: below this share of the start a loss counts no further.
+        cap: a log ratio counts no further above.
+    """
+
+    floor: float = 1e-3
+    cap: float = 10.0
+
+    def __call__(self, losses: Tensor, start: Tensor) -> Tensor:
+        """losses: [K, R, P], start: [R, P] -> [R, P]."""
+        scale = start.abs() + 1e-30
+        ratio = torch.log((losses.abs() + self.floor * scale) / scale)
+        # A loss that is not finite has diverged.
+        return torch.where(ratio <= self.cap, ratio, self.cap).mean(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperObjective:
+    """The original's: mean of log(f / (f_0 + 1e-6) + 1e-6) over an unroll whose first loss counts twice."""
+
+    def __call__(self, losses: Tensor, start: Tensor) -> Tensor:
+        """losses: [K, R, P], start: [R, P] -> [R, P]."""
+        return torch.log(torch.cat([losses[:1], losses]) / (start + 1e-6) + 1e-6).mean(0)
+
+
+class FastSegments(Segments):
+    """Segments whose sums and expansions go block by block, not element by element."""
+
+    def expand(self, values: Tensor) -> Tensor:
+        return _Expand.apply(values, self)  # type: ignore[no-any-return]
+
+    def sum(self, values: Tensor) -> Tensor:
+        return _Sum.apply(values, self)  # type: ignore[no-any-return]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        return torch.stack([part.sum(-1) for part in values.split(segments.sizes, -1)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        return _Expand.apply(cotangents[0], ctx.segments), None
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        out = values.new_empty(*values.shape[:-1], segments.total)
+        for part, value in zip(out.split(segments.sizes, -1), values.split(1, -1), strict=True):
+            part.copy_(value.expand_as(part))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(cotangents[0], ctx.segments), None
+
+
+class Mix:
+    """P tasks side by side.
+
+    Args:
+        tasks: the tasks.
+        config: the optimizer's architecture.
+        device: where its worlds are.
+    """
+
+    def __init__(self, tasks: Sequence[Task], config: HRNNConfig, device: torch.device | str = "cpu") -> None:
+        if not tasks:
+            raise ValueError("a mix needs at least one task")
+        self.tasks, self.config, self.device = tuple(tasks), config, torch.device(device)
+        sizes = [size for task in self.tasks for size in task.sizes]
+        self.segments = FastSegments(sizes, self.device)  # n parameters of T tensors
+        self.problems = FastSegments([sum(task.sizes) for task in self.tasks], self.device)  # n parameters of P tasks
+        self.tensors = FastSegments([len(task.shapes) for task in self.tasks], self.device)  # T tensors of P tasks
+        self.weights = torch.tensor([task.weight for task in self.tasks], device=self.device)
+        self.weights /= self.weights.sum()
+        self._last = self.tensors.lengths.cumsum(0) - 1
+        relative = "tensor" if config.relative_log_lr else None
+        levels = (config.hidden_size, config.tensor_size + config.global_size) if config.levels > 1 else config.level_sizes
+        self._advance_config = dataclasses.replace(config, level_sizes=levels, relative_log_lr=relative)
+        self._numel = self.segments.lengths.to(torch.get_default_dtype())
+        self.advance = choose_advance(config, self.device)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def advance_meta(self, meta: Meta) -> Meta:
+        """Meta-parameters for the per-parameter stage: one level above it, tensor and global states side by side."""
+        if self.config.levels < 3:
+            return meta
+        joined = dict(meta)
+        joined["level0.from_level1.weight"] = torch.cat(
+            [meta["level0.from_level1.weight"], meta["level0.from_level2.weight"]], -2)
+        joined["level0.from_level1.bias"] = meta["level0.from_level1.bias"] + meta["level0.from_level2.bias"]
+        return joined
+
+    def step(self, meta: Meta, joined: Meta, theta: Tensor, grad: Tensor, state: FlatState) -> tuple[Tensor, Tensor, FlatState]:
+        """One step of all rows: what `reference.step` would do to each task alone.
+
+        Args:
+            meta: meta-parameters, with a leading [R] if every row has its own. joined: `advance_meta` of them.
+            theta: [R, n]. grad: [R, n].
+            state: global_hidden [R, P, H2], log_lr_mean [R, T], the rest as in `reference`.
+
+        Returns:
+            New theta and the point of the next gradient, [R, n] each, and the new state.
+        """
+        config, columns = self.config, sums_columns(self.config)
+        tensor_hidden, global_hidden = state.tensor_hidden, state.global_hidden
+        spread = None if global_hidden is None else self.tensors.expand(global_hidden.mT).mT
+        view = state._replace(
+            log_lr_mean=self._relative_to(state.log_lr_mean), global_hidden=None,
+            tensor_hidden=tensor_hidden if spread is None or tensor_hidden is None else torch.cat([tensor_hidden, spread], -1))
+        new = self.advance(joined, self._advance_config, self.segments, grad, view)
+        means = new.sums / self._numel.to(new.sums.dtype)[:, None]
+        if tensor_hidden is not None:
+            injected = None if spread is None else _affine(meta, "level1.from_level2", spread)
+            tensor_hidden = _gru(
+                meta, "level1", means[..., : config.tensor_input_size], tensor_hidden, injected, columns=False)
+            if global_hidden is not None:
+                inputs = self.tensors.mean(tensor_hidden.mT).mT if config.global_input == "mean" else tensor_hidden[..., self._last, :]
+                global_hidden = _gru(meta, "level2", inputs, global_hidden, None, columns=False)
+        moved = theta - self._factor(means[..., columns.direction]) * new.update
+        attended = moved
+        if new.attention_update is not None:
+            assert columns.attention is not None
+            attended = theta - self._factor(means[..., columns.attention]) * new.attention_update
+        grad_decay, scale_decay = read_decays(meta, config, new.hidden)
+        log_lr_mean = means[..., columns.log_lr] if config.dynamic_output_scale else None
+        return moved, attended, FlatState(
+            new.hidden, new.accum, new.ms, grad_decay, scale_decay, new.log_lr, log_lr_mean, tensor_hidden, global_hidden)
+
+    def _factor(self, square: Tensor) -> Tensor | float:
+        """[R, T] mean square of the direction -> [R, n]."""
+        return self.segments.expand(1 / torch.sqrt(square + DIRECTION_EPS)) if self.config.dynamic_output_scale else 1.0
+
+    def _relative_to(self, log_lr_mean: Tensor | None) -> Tensor | None:
+        """[R, T] -> [R, T], what each tensor's log lr is measured from."""
+        if log_lr_mean is None or self.config.relative_log_lr != "problem":
+            return log_lr_mean
+        numel = self._numel.to(log_lr_mean.dtype)
+        return self.tensors.expand(self.tensors.sum(log_lr_mean * numel) / self.tensors.sum(numel))
+
+    def evaluate(self, theta: Tensor, batches: Sequence[Data], *, create_graph: bool) -> tuple[Tensor, Tensor]:
+        """Losses [R, P] and their gradients [R, n], clean.
+
+        create_graph: both are differentiable functions of theta; otherwise neither is.
+        """
+        rows = theta.shape[0]
+        shapes = [shape for task in self.tasks for shape in task.shapes]
+        if not create_graph:
+            theta = theta.detach()
+        elif not theta.requires_grad:
+            theta = theta.clone().requires_grad_()
+        with torch.enable_grad():
+            params = [part.reshape(rows, *shape) for part, shape in zip(theta.split(self.segments.sizes, -1), shapes, strict=True)]
+            if not create_graph:
+                for param in params:
+                    param.requires_grad_()
+            losses, begin = [], 0
+            for task, batch in zip(self.tasks, batches, strict=True):
+                losses.append(task.loss(params[begin : begin + len(task.shapes)], batch))
+                begin += len(task.shapes)
+            stacked = torch.stack(losses, -1)
+            grads = torch.autograd.grad(stacked.sum(), params, create_graph=create_graph)
+        grad = torch.cat([part.reshape(rows, -1) for part in grads], -1)
+        return (stacked, grad) if create_graph else (stacked.detach(), grad)
+
+    def corrupt(self, grad: Tensor, random: Random) -> Tensor:
+        """What the optimizer sees of clean gradients, [R, n]."""
+        if all(type(task).corrupt is Task.corrupt for task in self.tasks):
+            return grad
+        parts, out, begin = grad.split(self.segments.sizes, -1), [], 0
+        for task in self.tasks:
+            own = [part.reshape(-1, *shape) for part, shape in zip(parts[begin:], task.shapes, strict=False)]
+            out += [part.flatten(1) for part in task.corrupt(own, random)]
+            begin += len(task.shapes)
+        return torch.cat(out, -1)
+
+
+class World:
+    """R rows of a mix in the middle of their training.
+
+    Args:
+        mix: the tasks.
+        rows: R.
+        random: everything drawn; its `repeat` must divide R.
+        episode: steps a task trains before it restarts; the first episodes are cut short at random.
+        augment: what else is drawn at a restart.
+        objective: meta-loss.
+        full_loss: take the meta-loss on the whole data set, not on the minibatch whose gradient a step uses.
+        clock: whether episodes are counted in "steps" or "unrolls".
+    """
+
+    def __init__(self, mix: Mix, rows: int, random: Random, episode: Draw, augment: Augment,
+                 objective: Objective | PaperObjective, *, full_loss: bool = False, clock: str = "steps") -> None:
+        self.mix, self.rows, self.random, self.episode = mix, rows, random, episode
+        self.augment, self.objective, self.full_loss, self.clock = augment, objective, full_loss, clock
+        tasks, n = len(mix), mix.segments.total
+        config, device = mix.config, mix.device
+        self.theta = torch.zeros(rows, n, device=device)  # in the tasks' units
+        self.attended = self.theta
+        self.scale = torch.ones(rows, n, device=device)  # the optimizer works on theta / scale
+        self.loss_scale = torch.ones(rows, tasks, device=device)
+        self.start = torch.full((rows, tasks), math.nan, device=device)  # losses at the start of the episodes
+        self.data: list[Data] = [None] * tasks
+        self.age = [0.0] * tasks
+        self.length = [0.0] * tasks  # 0: starts with the next unroll
+        self.fresh = True
+        self.perturbation: Tensor | None = None  # PES: noise of each row since its tasks' starts, [R/2, P, M]
+        self.state = empty_state(config, rows, mix)
+
+    def restart(self, meta: Meta) -> list[int]:
+        """Begin new episodes where the old ones are over; returns the tasks. Gradients flow into the initial states."""
+        mix, config, random = self.mix, self.mix.config, self.random
+        over = [p for p in range(len(mix)) if self.age[p] >= self.length[p]]
+        if not over:
+            return over
+        log_lr = torch.zeros(self.rows, mix.segments.total, device=mix.device)
+        self.theta, self.scale = self.theta.clone(), self.scale.clone()
+        self.loss_scale, self.start = self.loss_scale.clone(), self.start.clone()
+        for p in over:
+            task, (begin, end) = mix.tasks[p], mix.problems.bounds[p]
+            self.data[p] = task.instance(self.rows, random)
+            params = task.start(self.rows, random, self.data[p])
+            self.theta[:, begin:end] = torch.cat([param.reshape(self.rows, -1) for param in params], -1)
+            self.start[:, p] = math.nan
+            self._draw(task, p, log_lr)
+            self.age[p] = 0.0
+            self.length[p] = self.episode(random) * (random.scalar() if self.fresh else 1.0)
+        self.fresh = False
+        restarted = torch.tensor([p in over for p in range(len(mix))], device=mix.device)
+        self.attended = torch.where(mix.problems.expand(restarted.float()) > 0, self.theta, self.attended)
+        self.state = restart_state(meta, config, mix, self.state, restarted, log_lr)
+        return over
+
+    def _draw(self, task: Task, p: int, log_lr: Tensor) -> None:
+        """Augmentations of a task's new episode, into `log_lr` [R, n], `scale` and `loss_scale`."""
+        random, augment, rows = self.random, self.augment, self.rows
+        self.loss_scale[:, p] = random.log_uniform(rows, low=augment.loss_scale[0], high=augment.loss_scale[1])
+        begin = self.mix.problems.bounds[p][0]
+        of_task = random.log_uniform(rows, 1, low=augment.lr[0], high=augment.lr[1]).log()
+        for size in task.sizes:
+            own = of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
+            log_lr[:, begin : begin + size] = own
+            self.scale[:, begin : begin + size] = random.log_uniform(rows, 1, low=augment.scale[0], high=augment.scale[1])
+            begin += size
+
+    def unroll(self, meta: Meta, steps: int, *, derivatives: int) -> Tensor:
+        """Train all rows for some steps from the world's state, which is left at the end of them, detached.
+
+        Args:
+            meta: meta-parameters, with a leading [R] if every row has its own.
+            steps: K.
+            derivatives: 0: the result has no gradient; 1: its gradient leaves out how the tasks' gradients change with
+                the parameters; 2: complete.
+
+        Returns:
+            Meta-loss of each row and task, [R, P].
+        """
+        mix, random = self.mix, self.random
+        joined = mix.advance_meta(meta)
+        gain = mix.problems.expand(self.loss_scale) * self.scale  # of the gradient the optimizer sees
+        theta, attended, state = self.theta / self.scale, self.attended / self.scale, self.state
+        attention = mix.config.attention
+        losses = []
+        with torch.set_grad_enabled(derivatives > 0):
+            for _ in range(steps):
+                batches = [task.minibatch(data, self.rows, random) for task, data in zip(mix.tasks, self.data, strict=True)]
+                loss, clean = mix.evaluate(attended * self.scale, batches, create_graph=derivatives == 2)
+                grad = mix.corrupt(clean, random) * gain
+                grad = torch.where(grad.abs() <= GRADIENT_LIMIT, grad, 0.0)
+                if self.full_loss or attention:
+                    judged = self.data if self.full_loss else batches
+                    loss, clean = mix.evaluate(theta * self.scale, judged, create_graph=derivatives == 2)
+                if derivatives == 1:
+                    # The value of the loss with its gradient by theta, without the graph of the task.
+                    loss = loss + mix.problems.sum(clean * self.scale * (theta - theta.detach()))
+                losses.append(loss)
+                theta, attended, state = mix.step(meta, joined, theta, grad, state)
+            stacked = torch.stack(losses)
+            self.start = torch.where(self.start.isnan(), stacked[0].detach(), self.start)
+            value = self.objective(stacked, self.start)
+        self.theta, self.attended = theta.detach() * self.scale, attended.detach() * self.scale
+        self.state = state.detach()
+        self.age = [age + (steps if self.clock == "steps" else 1) for age in self.age]
+        return value
+
+    def copy_first_half(self) -> None:
+        """Make the second member of every antithetic pair what the first one is."""
+        def copied(values: Tensor | None) -> Tensor | None:
+            return None if values is None else torch.cat([values[: self.rows // 2]] * 2)
+
+        self.theta, self.attended = self.theta[: self.rows // 2].repeat(2, 1), self.attended[: self.rows // 2].repeat(2, 1)
+        self.state = FlatState(*(copied(values) for values in self.state))  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes."""
+        names = ("theta", "attended", "scale", "loss_scale", "start", "data", "age", "length", "fresh", "perturbation")
+        return {name: getattr(self, name) for name in names} | {"state": tuple(self.state)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, into a world of the same mix and rows."""
+        for name, value in saved.items():
+            setattr(self, name, FlatState(*value) if name == "state" else value)
+
+
+def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
+    """A state of zeros, to be filled by `restart_state`."""
+    n, tensors = mix.segments.total, len(mix.segments)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(rows, *shape, device=mix.device)
+
+    dynamic = config.dynamic_output_scale
+    return FlatState(
+        zeros(config.hidden_size, n), zeros(config.timescales, n), zeros(config.timescales, n), zeros(n), zeros(n),
+        zeros(n) if dynamic else None, zeros(tensors) if dynamic else None,
+        zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
+        zeros(len(mix), config.global_size) if config.levels >= 3 else None)
+
+
+def restart_state(
+    meta: Meta, config: HRNNConfig, mix: Mix, state: FlatState, restarted: Tensor, log_lr: Tensor
+) -> FlatState:
+    """The state with that of some tasks as before their first step; gradients flow into the initial hidden states.
+
+    Args:
+        meta: meta-parameters, with a leading [R] if every row has its own.
+        restarted: [P], bool. log_lr: [R, n], their initial log learning rates; other tasks' values are ignored.
+    """
+    of_param = mix.problems.expand(restarted.float()) > 0  # [n]
+    of_tensor = mix.tensors.expand(restarted.float()) > 0  # [T]
+
+    def zero(old: Tensor) -> Tensor:
+        return torch.where(of_param, 0.0, old)
+
+    return FlatState(
+        hidden=torch.where(of_param, meta["level0.init"][..., None], state.hidden),
+        accum=zero(state.accum),
+        ms=zero(state.ms),
+        grad_decay=zero(state.grad_decay),
+        scale_decay=zero(state.scale_decay),
+        log_lr=None if state.log_lr is None else torch.where(of_param, log_lr, state.log_lr),
+        log_lr_mean=None if state.log_lr_mean is None else torch.where(of_tensor, mix.segments.mean(log_lr), state.log_lr_mean),
+        tensor_hidden=None if state.tensor_hidden is None else
+        torch.where(of_tensor[:, None], meta["level1.init"][..., None, :], state.tensor_hidden),
+        global_hidden=None if state.global_hidden is None else
+        torch.where(restarted[:, None], meta["level2.init"][..., None, :], state.global_hidden))

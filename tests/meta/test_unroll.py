@@ -1,0 +1,163 @@
+"""Unrolls: many tasks in one row equal each task alone, and the original's meta-steps are reproduced."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lopt import HRNNConfig, MetaParams
+from lopt.backends import reference
+from lopt.backends.reference import FlatState, Segments
+from lopt.interop.tf1 import RMSProp, load_recording
+from lopt.interop.tf1_names import config_of
+from lopt.meta.estimators import TruncatedBPTT
+from lopt.meta.tasks import Data, Params, Random, Task, networks, paper
+from lopt.meta.unroll import Augment, Draw, Mix, Objective, PaperObjective, World
+
+RECORDINGS = Path(__file__).parents[1] / "recordings"
+CONFIGS = {
+    "paper": HRNNConfig(level_sizes=(4, 5, 6)),
+    "last_tensor": HRNNConfig(level_sizes=(4, 5, 6), global_input="last", relative_log_lr="tensor", timescales=2),
+    "attention": HRNNConfig(level_sizes=(3, 4, 2), attention=True, zero_init_lr_weights=False),
+    "two_levels": HRNNConfig(level_sizes=(4, 5)),
+    "one_level": HRNNConfig(level_sizes=(4,), dynamic_output_scale=False, relative_log_lr=None),
+}
+
+
+def plain(config: HRNNConfig, tasks: list[Task], rows: int = 2, **options: object) -> World:
+    random = Random(torch.Generator().manual_seed(0), repeat=1)
+    return World(Mix(tasks, config), rows, random, Draw(1000), Augment(), Objective(), **options)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tasks_side_by_side_advance_as_each_would_alone(name):
+    config = CONFIGS[name]
+    meta = MetaParams.init(config, seed=1, dtype=torch.float64)
+    tasks = [paper.Quadratic(3), networks.Linear(4, 3), paper.Bowl(2.0)]
+    mix = Mix(tasks, config)
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(2, *shape, generator=generator, dtype=torch.float64)
+
+    n, tensors = mix.segments.total, len(mix.segments)
+    log_lr = -7 + rand(n)
+    state = FlatState(
+        2 * rand(config.hidden_size, n) - 1, rand(config.timescales, n) - 0.5, 0.1 + rand(config.timescales, n),
+        0.3 + 0.5 * rand(n), 0.3 + 0.5 * rand(n), log_lr if config.dynamic_output_scale else None,
+        mix.segments.mean(log_lr) if config.dynamic_output_scale else None,
+        2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
+        2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None)
+    theta, grad = rand(n), rand(n) - 0.5
+    moved, attended, new = mix.step(meta, mix.advance_meta(meta), theta, grad, state)
+    first_tensor = 0
+    for p, task in enumerate(tasks):
+        params = slice(*mix.problems.bounds[p])
+        own = slice(first_tensor, first_tensor + len(task.shapes))
+        first_tensor = own.stop
+        cut = {"tensor_hidden": own, "log_lr_mean": own, "global_hidden": p}
+
+        def part(values: FlatState, params: slice = params, cut: dict = cut) -> FlatState:
+            return FlatState(*(
+                None if value is None else value[:, cut[field]] if field in cut else value[..., params]
+                for field, value in zip(FlatState._fields, values, strict=True)))
+
+        alone = reference.step(meta, config, Segments(task.sizes), theta[:, params], grad[:, params], part(state))
+        torch.testing.assert_close((moved[:, params], attended[:, params]), alone[:2])
+        for field, ours, theirs in zip(FlatState._fields, part(new), alone[2], strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, msg=field)
+
+
+class Recorded(Task):
+    """The recordings' quadratic, from its recorded start."""
+
+    def __init__(self, recording: dict[str, np.ndarray]) -> None:
+        self.w, self.y = (torch.from_numpy(recording[f"problem/{name}"]) for name in "Wy")
+        self.points = [torch.from_numpy(recording[f"param0/{i}"]) for i in range(2)]
+        self.shapes = tuple(tuple(point.shape) for point in self.points)
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        return [point[None].clone() for point in self.points]
+
+    def loss(self, params: Params, data: Data) -> Tensor:
+        return 0.5 * (self.w @ torch.cat([param.flatten(1) for param in params], 1)[..., None] - self.y).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("path", sorted(RECORDINGS.glob("metagrad_*.npz")), ids=lambda path: path.stem)
+def test_meta_steps_equal_those_recorded_from_the_original(path):
+    recording = load_recording(path)
+    config = config_of(json.loads(str(recording["config_json"])))
+    meta = MetaParams.from_tf({key[5:]: value for key, value in recording.items() if key.startswith("meta/")}, config)
+    random = Random(torch.Generator().manual_seed(0))
+    world = World(Mix([Recorded(recording)], config), 1, random, Draw(1e9), Augment(), PaperObjective(), full_loss=True)
+    estimator, optimizer = TruncatedBPTT(second_order=bool(recording["second"])), RMSProp(lr=1e-3)
+    log_lr = torch.cat([torch.from_numpy(recording[f"loglr0/{i}"]).reshape(1, -1) for i in range(2)], 1)
+    world._draw = lambda task, p, out: out.copy_(log_lr)  # type: ignore[method-assign]
+    for unroll in range(2):
+        world.length = [0.5] if unroll == 0 else [1e9]
+        world.age = [1.0] if unroll == 0 else world.age
+        estimate = estimator(meta, world, int(recording["K"]))
+        recorded_loss = recording[f"u{unroll}/metaobj"]
+        assert estimate.loss == pytest.approx(float(recorded_loss), rel=1e-5)
+        grads = MetaParams.from_flat(config, estimate.grad)
+        meta = optimizer.step(meta, grads)
+        for kind, values in (("dmeta", grads), ("meta_after", meta)):
+            for name, value in values.to_tf().items():
+                expected = recording[f"u{unroll}/{kind}/{name}"]
+                assert np.abs(value - expected).max() <= 1e-4 * np.abs(expected).max(), (unroll, kind, name)
+
+
+def test_tasks_restart_on_their_own_clocks_and_gradients_reach_initial_states():
+    config = CONFIGS["paper"]
+    meta = MetaParams.init(config)
+    world = plain(config, [paper.Quadratic(3), paper.Bowl(1.0)])
+    estimator = TruncatedBPTT()
+    estimator(meta, world, 2)
+    world.length, world.age = [100.0, 2.0], [2.0, 2.0]
+    before = world.theta.clone(), world.state.hidden.clone(), world.start.clone()
+    first = MetaParams.from_flat(config, estimator(meta, world, 2).grad)
+    assert world.age == [4.0, 2.0]
+    assert torch.equal(world.start[:, 0], before[2][:, 0])
+    assert not torch.equal(world.start[:, 1], before[2][:, 1])
+    for level in range(3):
+        assert first[f"level{level}.init"].abs().max() > 0
+    world.length = [100.0, 100.0]
+    second = MetaParams.from_flat(config, estimator(meta, world, 2).grad)
+    assert second["level0.init"].abs().max() == 0
+    assert second["level0.gates.weight"].abs().max() > 0
+
+
+def test_augmentations_leave_the_task_as_it_is():
+    """A common scale of parameters, learning rates and loss is not noticed, up to epsilons."""
+    config = HRNNConfig(level_sizes=(4, 5, 6), ms_eps=1e-30, rms_eps=1e-30)
+    meta = MetaParams.init(config, seed=2)
+    results = []
+    for factor, loss_scale in ((1.0, 1.0), (8.0, 1024.0)):
+        random = Random(torch.Generator().manual_seed(0))
+        augment = Augment(lr=(1e-2 / factor, 1e-2 / factor), scale=(factor, factor), loss_scale=(loss_scale, loss_scale))
+        world = World(Mix([networks.MLP((6,)), paper.Quadratic(4)], config), 3, random, Draw(1000), augment, Objective())
+        world.restart(meta)
+        start = world.theta.clone()
+        world.unroll(meta, 10, derivatives=0)
+        results.append(world.theta)
+    moved = (results[0] - start).abs().max()
+    assert (results[0] - results[1]).abs().max() < 1e-3 * moved
+
+
+def test_a_task_whose_loss_overflows_counts_as_the_cap_and_stays_finite():
+    class Cliff(Task):
+        shapes = ((2,),)
+
+        def loss(self, params: Params, data: Data) -> Tensor:
+            return torch.exp(torch.exp(50 * params[0])).sum(-1)
+
+    config = CONFIGS["paper"]
+    world = plain(config, [Cliff(), paper.Bowl(1.0)])
+    meta = MetaParams.init(config)
+    estimate = TruncatedBPTT()(meta, world, 3)
+    assert estimate.losses[0] == world.objective.cap
+    assert all(values.isfinite().all() for values in (world.theta, *world.state))
