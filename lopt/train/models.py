@@ -100,8 +100,11 @@ def _pytorchcv(name: str, classes: int, image_size: int | None) -> tuple[nn.Modu
     make = getattr(_import(f"pytorchcv.models.{homes[0]}", name), name)
     try:
         model = make(num_classes=classes)
-    except TypeError as error:
-        raise TrainError(f"model {name!r} of pytorchcv is no image classifier ({error})") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = f"{type(error).__name__} {error}".strip()
+        raise TrainError(
+            f"model {name!r} of pytorchcv cannot be made for {classes} classes ({reason}): choose another --model"
+        ) from error
     native = getattr(model, "in_size", (224, 224))[0]
     pool = getattr(getattr(model, "features", None), "final_pool", None)
     if image_size not in (None, native) and isinstance(pool, nn.AvgPool2d):

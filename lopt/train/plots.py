@@ -75,6 +75,8 @@ def _from_scale(height: np.ndarray) -> np.ndarray:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Gaussian average over neighbouring rows, deviation a hundredth of them, shorter at both ends. [n] -> [n]."""
+    if not len(values):
+        return values
     deviation = max(len(values) / 100, 0.5)
     reach = int(3 * deviation)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)

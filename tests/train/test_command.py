@@ -1,0 +1,267 @@
+"""`lopt train` as its user meets it: what it leaves, what it refuses, and how it is stopped and continued."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lopt.train import TrainError, checkpoint, command
+from lopt.train.loop import Config, read_metrics
+
+SameRun = Callable[[Path, Path], None]
+MakeTree = Callable[..., Path]
+QUICK = ["--optimizer", "adamw", "--steps", "12", "--batch-size", "16", "--eval-every", "6"]
+
+
+def parsed(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lopt train")
+    command.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def run(*options: object) -> int:
+    return command.run(parsed(*map(str, options)))
+
+
+def start(*options: object) -> subprocess.Popen:
+    """`lopt train` in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lopt", "train", *map(str, options)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until metrics.csv has a row of that step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() else []
+        if rows and int(rows[-1][0]) >= step:
+            return
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+def test_a_run_leaves_config_metrics_curves_and_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*QUICK) == 0
+    folder = tmp_path / "runs" / "preresnet8-digits-adamw-1"
+    names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"}
+    assert {path.name for path in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model"], config["optimizer"], config["steps"]) == ("preresnet8", "adamw", 12)
+    assert config["versions"]["torch"] == torch.__version__
+    with Image.open(folder / "curves.png") as image:
+        assert image.width > 1000
+    said = capsys.readouterr().out
+    assert "77,562 parameters in 25 tensors" in said
+    assert re.search(r"test accuracy \d+\.\d\d %", said)
+    assert "runs/preresnet8-digits-adamw-1" in said
+    assert run(*QUICK, "--steps", 1) == 0
+    assert (tmp_path / "runs" / "preresnet8-digits-adamw-2" / "curves.png").exists()
+
+
+def test_hrnn_is_the_default_and_its_options_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", 2, "--batch-size", 8, "--init-lr", 0.005, "--weight-decay", 0.1, "--backend", "reference"]
+    assert run(*options, "--out", tmp_path / "run") == 0
+    group = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]
+    assert (group["init_lr"], group["weight_decay"], group["initial_lr"]) == (0.005, 0.1, 1.0)
+    assert "hrnn: lr 1 (cosine), weight decay 0.1, init_lr 0.005, backend reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "no_such_net"], "no_such_net"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--optimizer", "sgd", "--init-lr", "0.1"], "--init-lr is for --optimizer hrnn"),
+        (["--optimizer", "adamw", "--backend", "cpu"], "--backend is for --optimizer hrnn"),
+        (["--backend", "abacus"], "abacus"),
+        (["--meta", "no_such_weights"], "no_such_weights"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--batch-size", "1438"], "1438 exceeds the 1437"),
+        (["--compare", "hrnn"], "--compare hrnn"),
+        (["--resume", "nowhere"], "holds no run"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TrainError, ImportError), match=re.escape(said) + "|pytorchcv"):
+        run(*options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lr", "-1"], "'-1' is not a positive number"),
+        (["--lr", "nan"], "'nan' is not a positive number"),
+        (["--weight-decay", "-0.1"], "positive or zero"),
+        (["--steps", "0"], "whole number of 1 or more"),
+        (["--seed", "1.5"], "whole number of 0 or more"),
+        (["--steps", "5", "--epochs", "5"], "not allowed with"),
+        (["--compare", "adam"], "'adam' is no optimizer"),
+        (["--compare", "sgd:0"], "'0' is not a positive number"),
+        (["--resume", "a", "--out", "b"], "not allowed with"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*options)
+    assert said in capsys.readouterr().err
+
+
+def test_an_image_size_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pytorchcv", reason="pytorchcv is not installed: pip install 'lopt[train]'")
+    with pytest.raises(TrainError, match="does not take images of 8x8"):
+        run("--model", "nin_cifar10", "--image-size", 8, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_in_use_or_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    assert run(*QUICK, "--steps", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(TrainError, match="--resume"):
+        run(*QUICK, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.csv").write_text("precious")
+    with pytest.raises(TrainError, match="other files"):
+        run(*QUICK, "--out", tmp_path / "mine")
+    with pytest.raises(TrainError, match="cannot be made"):
+        run(*QUICK, "--out", tmp_path / "mine" / "metrics.csv" / "run")
+    assert (tmp_path / "mine" / "metrics.csv").read_text() == "precious"
+
+
+def test_resuming_allows_more_steps_and_refuses_another_experiment(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [
+        "--optimizer",
+        "adamw",
+        "--schedule",
+        "constant",
+        "--log-every",
+        2,
+        "--eval-every",
+        6,
+        "--batch-size",
+        16,
+    ]
+    assert run(*options, "--steps", 8, "--out", folder) == 0
+    for option, value in (("--lr", 0.5), ("--seed", 1), ("--model", "preresnet50"), ("--batch-size", 8)):
+        with pytest.raises(TrainError, match=f"{option} {value} differs"):
+            run("--resume", folder, option, value)
+    assert run("--resume", folder, "--steps", 12, "--lr", 0.001) == 0
+    assert run(*options, "--steps", 12, "--out", tmp_path / "whole") == 0
+    rows, whole = (read_metrics(path / "metrics.csv") for path in (folder, tmp_path / "whole"))
+    del rows[3], whole[3]  # step 8 was the end of the first part, and as such an evaluation
+    assert [row[:6] for row in rows] == [row[:6] for row in whole]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    assert run(*QUICK, "--out", tmp_path / "run") == 0
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")]
+    assert run("--resume", tmp_path / "run") == 0
+    assert [(tmp_path / "run" / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")] == before
+
+
+def test_compared_runs_see_the_same_model_and_batches_and_are_drawn_together(
+    tmp_path: Path, assert_same_run: SameRun
+) -> None:
+    assert run(*QUICK, "--out", tmp_path / "run", "--compare", "adamw:0.001", "sgd") == 0
+    twin, other = tmp_path / "run" / "adamw-0.001", tmp_path / "run" / "sgd"
+    assert_same_run(tmp_path / "run", twin)
+    assert Config.load(other / "config.json").lr == 0.1
+    first = [read_metrics(folder / "metrics.csv")[0] for folder in (twin, other)]
+    assert first[0][2] == first[1][2]  # the loss before the first step
+    with Image.open(tmp_path / "run" / "curves.png") as image:
+        assert image.width > 1000
+
+
+def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(tmp_path: Path, assert_same_run: SameRun) -> None:
+    options = ["--steps", 40, "--batch-size", 16, "--log-every", 1, "--eval-every", 15, "--checkpoint-every", 6]
+    options += ["--optimizer", "adamw", "--compare", "sgd", "--threads", 1]
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    folder = tmp_path / "killed"
+    process = start(*options, "--out", folder)
+    wait_for_step(folder, 20, process)
+    process.kill()  # SIGKILL
+    process.communicate()
+    reached = int(read_metrics(folder / "metrics.csv")[-1][0])
+    kept = checkpoint.load(folder / "checkpoint.pt")["step"]
+    assert reached - 6 <= kept <= reached
+    process = start("--resume", folder)
+    wait_for_step(folder / "sgd", 10, process)
+    process.kill()
+    process.communicate()
+    assert run("--resume", folder) == 0
+    assert_same_run(tmp_path / "whole", folder)
+    assert_same_run(tmp_path / "whole" / "sgd", folder / "sgd")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, number: int, code: int, make_tree: MakeTree
+) -> None:
+    tree, folder = make_tree(tmp_path / "stripes", per_class=20), tmp_path / "run"
+    options = ["--data", tree, "--model", "preresnet8", "--optimizer", "adamw", "--batch-size", 8, "--steps", 100_000]
+    process = start(*options, "--workers", 2, "--log-every", 1, "--threads", 1, "--out", folder)
+    wait_for_step(folder, 5, process)
+    os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the workers too
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert f"lopt train --resume {folder}" in said
+    assert "Traceback" not in said
+    step = checkpoint.load(folder / "checkpoint.pt")["step"]
+    assert step >= 5
+    assert int(read_metrics(folder / "metrics.csv")[-1][0]) == step
+    assert (folder / "curves.png").exists()
+
+
+def test_a_folder_of_images_is_trained_with_workers_and_resumes_bit_for_bit(
+    tmp_path: Path, make_tree: MakeTree
+) -> None:
+    tree = make_tree(tmp_path / "stripes", per_class=24)
+    options = ["--data", tree, "--model", "preresnet8", "--optimizer", "adamw", "--lr", 0.01, "--batch-size", 8]
+    options += ["--image-size", 16, "--eval-every", 6, "--threads", 1]
+    assert run(*options, "--workers", 2, "--schedule", "constant", "--steps", 24, "--out", tmp_path / "whole") == 0
+    assert run(*options, "--workers", 0, "--schedule", "constant", "--steps", 12, "--out", tmp_path / "parts") == 0
+    assert run("--resume", tmp_path / "parts", "--steps", 24, "--workers", 1) == 0
+    left, right = (read_metrics(tmp_path / name / "metrics.csv")[-1] for name in ("whole", "parts"))
+    assert left[:6] == right[:6]
+    assert float(left[5]) >= 5 / 6
+
+
+def test_data_that_changed_is_noticed_on_resume(tmp_path: Path, make_tree: MakeTree) -> None:
+    tree = make_tree(tmp_path / "stripes")
+    assert run("--data", tree, "--model", "preresnet8", *QUICK, "--batch-size", 4, "--out", tmp_path / "run") == 0
+    (tree / "train" / "down" / "0.jpg").unlink()
+    with pytest.raises(TrainError, match="11 training images"):
+        run("--resume", tmp_path / "run", "--steps", 20)
+
+
+def test_a_damaged_checkpoint_is_named_on_resume(tmp_path: Path) -> None:
+    assert run(*QUICK, "--out", tmp_path / "run") == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(TrainError, match=r"run/checkpoint\.pt' cannot be read"):
+        run("--resume", tmp_path / "run", "--steps", 20)

@@ -1,0 +1,161 @@
+"""Batches are a pure function of (seed, step), and files are read as stated."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lopt.train import TrainError
+from lopt.train.data import IMAGENET_MEAN, IMAGENET_STD, Digits, Feed, ImageFolder, open_data, random_crop
+
+CPU = torch.device("cpu")
+FEED = Feed(batch_size=64, channels=1, image_size=8, device=CPU, seed=3)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits()
+
+
+@pytest.fixture
+def tree(tmp_path: Path, make_tree: Callable[..., Path]) -> Path:
+    return make_tree(tmp_path / "stripes")
+
+
+def folder_feed(**changes: object) -> Feed:
+    return Feed(**{"batch_size": 4, "channels": 3, "image_size": 16, "device": CPU, "seed": 1, **changes})  # type: ignore
+
+
+def same(left: list, right: list) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def test_digits_are_split_stratified_and_the_same_every_time(digits: Digits) -> None:
+    assert (digits.train_count, digits.test_count) == (1437, 360)
+    assert torch.bincount(digits.test_labels).min() >= 34
+    assert torch.equal(Digits().test_images, digits.test_images)
+    assert abs(float(digits.train_images.mean())) < 1e-5
+    assert abs(float(digits.train_images.std()) - 1) < 1e-5
+
+
+def test_digits_batches_from_a_later_step_equal_those_of_a_run_from_the_start(digits: Digits) -> None:
+    whole = list(digits.train_batches(FEED, 0, 50))
+    assert same(whole[20:], list(digits.train_batches(FEED, 20, 50)))
+    assert not torch.equal(whole[0][0], next(digits.train_batches(Feed(64, 1, 8, CPU, seed=4), 0, 1))[0])
+
+
+def test_every_digit_appears_at_most_once_an_epoch_and_epochs_differ(digits: Digits) -> None:
+    class Numbered(Digits):  # labels that tell the images apart
+        def __init__(self) -> None:
+            super().__init__()
+            self.train_labels = torch.arange(self.train_count)
+
+    batches = [labels for _, labels in Numbered().train_batches(FEED, 0, 44)]
+    first, second = torch.cat(batches[:22]), torch.cat(batches[22:])
+    assert len(first.unique()) == len(second.unique()) == 22 * 64
+    assert not torch.equal(first, second)
+
+
+def test_a_training_digit_is_its_original_shifted_by_at_most_one_pixel(digits: Digits) -> None:
+    background = digits.train_images.min()
+    padded = torch.nn.functional.pad(digits.train_images, (1, 1, 1, 1), value=float(background))
+    shifted = [padded[:, 0, y : y + 8, x : x + 8].flatten(1) for y in range(3) for x in range(3)]
+    images = torch.cat([images.flatten(1) for images, _ in digits.train_batches(FEED, 0, 4)])
+    nearest = torch.cdist(images, torch.cat(shifted)).argmin(1)
+    assert torch.equal(torch.cat(shifted)[nearest], images)
+    assert len((nearest // digits.train_count).unique()) == 9
+
+
+def test_digits_grow_to_the_size_and_channels_of_other_models(digits: Digits) -> None:
+    images, _ = next(digits.train_batches(Feed(5, 3, 32, CPU), 0, 1))
+    assert images.shape == (5, 3, 32, 32)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert sum(len(labels) for _, labels in digits.test_batches(Feed(64, 3, 32, CPU))) == 360
+
+
+def test_folder_batches_do_not_depend_on_the_number_of_workers_or_the_first_step(tree: Path) -> None:
+    data = ImageFolder(tree)
+    whole = list(data.train_batches(folder_feed(), 0, 8))
+    assert same(whole, list(data.train_batches(folder_feed(workers=2), 0, 8)))
+    assert same(whole[5:], list(data.train_batches(folder_feed(), 5, 8)))
+    assert not torch.equal(whole[0][0], whole[3][0])  # the next epoch crops and orders anew
+
+
+def test_folder_labels_are_the_sorted_class_names(tree: Path) -> None:
+    data = ImageFolder(tree)
+    assert data.class_names == ["across", "down"]
+    labels = torch.cat([labels for _, labels in data.test_batches(folder_feed())])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_validation_images_are_the_centre_normalised_as_imagenet(tree: Path) -> None:
+    image = Image.new("RGB", (64, 32), (255, 0, 0))
+    image.paste((0, 128, 255), (16, 0, 48, 32))  # the centre square
+    image.save(tree / "val" / "across" / "0.png")
+    for path in (tree / "val" / "across").glob("*.jpg"):
+        path.unlink()
+    images, _ = next(ImageFolder(tree).test_batches(folder_feed(batch_size=1)))
+    expected = (torch.tensor([0.0, 128.0, 255.0]) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    assert (images[0].mean((1, 2)) - expected).abs().max() < 1e-5
+    assert images[0].std((1, 2)).max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+def test_every_mode_of_image_becomes_three_channels(tree: Path, mode: str) -> None:
+    suffix = ".jpg" if mode == "CMYK" else ".png"
+    Image.new("RGB", (20, 20), (10, 200, 30)).convert(mode).save(tree / "train" / "across" / f"odd{suffix}")
+    batches = list(ImageFolder(tree).train_batches(folder_feed(batch_size=13), 0, 1))
+    assert batches[0][0].shape == (13, 3, 16, 16)
+    assert batches[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(tree: Path, workers: int) -> None:
+    broken = tree / "train" / "down" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(TrainError, match=r"down/3\.jpg"):
+        list(ImageFolder(tree).train_batches(folder_feed(workers=workers), 0, 3))
+
+
+def test_loading_files_leaves_the_global_generator_alone(tree: Path) -> None:
+    before = torch.get_rng_state()
+    list(ImageFolder(tree).train_batches(folder_feed(), 0, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_that_is_no_image_folder_is_refused_with_what_is_missing(
+    tmp_path: Path, make_tree: Callable[..., Path]
+) -> None:
+    with pytest.raises(TrainError, match="neither 'digits' nor a folder"):
+        open_data(str(tmp_path / "nowhere"))
+    with pytest.raises(TrainError, match="no folder train/"):
+        open_data(str(tmp_path))
+    tree = make_tree(tmp_path / "tree", per_class=1)
+    (tree / "val" / "third").mkdir()
+    with pytest.raises(TrainError, match="class 'third'"):
+        open_data(str(tree))
+    (tree / "val" / "third").rmdir()
+    for path in (tree / "val").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(TrainError, match="holds no image"):
+        open_data(str(tree))
+
+
+def test_random_crops_lie_inside_and_have_the_stated_area_and_aspect() -> None:
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(500):
+        left, top, width, height = random_crop(rng, 400, 300)
+        assert left >= 0
+        assert top >= 0
+        assert left + width <= 400
+        assert top + height <= 300
+        assert 0.74 < width / height < 1.35
+        shares.append(width * height / 120_000)
+    assert 0.075 < min(shares) < 0.12
+    assert max(shares) > 0.9
+    assert random_crop(rng, 1, 400) == (0, 199, 1, 1)  # no crop of that aspect fits: the centre

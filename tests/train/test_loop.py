@@ -1,0 +1,237 @@
+"""A run that stops and goes on, however it stopped, equals one that did not."""
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lopt.train import TrainError, checkpoint, loop, models
+from lopt.train.data import Digits
+from lopt.train.loop import COLUMNS, Config, StopRequest, Training, read_metrics
+
+CONFIG = Config(
+    model="preresnet8", data="digits", optimizer="adamw", lr=1e-3, weight_decay=1e-2, schedule="cosine", steps=24,
+    batch_size=16, image_size=8, seed=5, device="cpu", threads=1, workers=0, log_every=4, eval_every=10,
+    train_images=1437, classes=10,
+)  # fmt: skip
+
+
+SameRun = Callable[[Path, Path], None]
+
+
+class StopAfter(StopRequest):
+    """As if SIGINT arrived while it is asked for the count-th time."""
+
+    def __init__(self, count: int) -> None:
+        self.asked, self.count = 0, count
+
+    @property
+    def received(self) -> int | None:  # type: ignore[override]
+        self.asked += 1
+        return 2 if self.asked > self.count else None
+
+
+@pytest.fixture(scope="module")
+def data() -> Digits:
+    """Fewer images than there are, so that an evaluation is quick."""
+    digits = Digits()
+    digits.test_images, digits.test_labels = digits.test_images[:64], digits.test_labels[:64]
+    return digits
+
+
+@pytest.fixture(autouse=True)
+def _narrow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.OWN, "preresnet8", (4, 8, 16))
+
+
+def train(config: Config, data: Digits, folder: Path, stop: StopRequest | None = None) -> bool:
+    """One process' worth of a run, from the checkpoint when there is one."""
+    folder.mkdir(exist_ok=True)
+    training = Training(config, data)
+    if (folder / "checkpoint.pt").exists():
+        training.restore(folder / "checkpoint.pt")
+    return training.run(folder, stop or StopRequest())
+
+
+OPTIMIZERS = {
+    "adamw": {},
+    "sgd": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "hrnn": {"optimizer": "hrnn", "lr": 1.0, "weight_decay": 0.01, "backend": "reference", "init_lr": 2e-3},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_run_equals_uninterrupted_run(
+    optimizer: str, data: Digits, tmp_path: Path, assert_same_run: SameRun, differences: Callable[..., list[str]]
+) -> None:
+    config = replace(CONFIG, **OPTIMIZERS[optimizer])
+    assert train(config, data, tmp_path / "whole")
+    assert not train(config, data, tmp_path / "parts", StopAfter(7))  # between two rows
+    assert not train(config, data, tmp_path / "parts", StopAfter(5))
+    assert train(config, data, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert differences({"a": torch.zeros(2)}, {"a": torch.tensor([0.0, 1e-9])}) == ["/a"]  # the comparison can fail
+
+
+def test_a_model_with_dropout_resumes_bit_for_bit(
+    data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same_run: SameRun
+) -> None:
+    def build(*_: object) -> tuple[nn.Module, None, int]:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, 10)), None, 1
+
+    monkeypatch.setattr(models, "build", build)
+    train(CONFIG, data, tmp_path / "whole")
+    train(CONFIG, data, tmp_path / "parts", StopAfter(9))
+    torch.manual_seed(99)
+    train(CONFIG, data, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_evaluation_that_was_stopped_is_made_up_for(data: Digits, tmp_path: Path, assert_same_run: SameRun) -> None:
+    config = replace(CONFIG, steps=12)
+    train(config, data, tmp_path / "whole")
+    stop = StopAfter(11)  # asked once a step, and at step 10 once for each of the four test batches
+    assert not train(config, data, tmp_path / "parts", stop)
+    state = checkpoint.load(tmp_path / "parts" / "checkpoint.pt")
+    assert (state["step"], state["row_step"]) == (10, 8)
+    train(config, data, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_a_torn_row_too(
+    data: Digits, tmp_path: Path, assert_same_run: SameRun
+) -> None:
+    train(CONFIG, data, tmp_path / "whole")
+    train(CONFIG, data, tmp_path / "parts", StopAfter(9))
+    with open(tmp_path / "parts" / "metrics.csv", "a") as file:
+        file.write("12,0.27,9.9,0.5,,,100.0,1.0\n16,0.36,9.9,0.5,,,100.0,1.0\n20,0.4")
+    train(CONFIG, data, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_metrics_have_a_row_every_log_and_evaluation_step_of_means_since_the_last(data: Digits, tmp_path: Path) -> None:
+    train(replace(CONFIG, log_every=1, eval_every=24), data, tmp_path / "fine")
+    train(CONFIG, data, tmp_path / "coarse")
+    with open(tmp_path / "coarse" / "metrics.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == COLUMNS
+    assert [int(row[0]) for row in rows] == [4, 8, 10, 12, 16, 20, 24]
+    assert [row[0] for row in rows if row[5]] == ["10", "20", "24"]
+    fine = np.array([row[:4] for row in read_metrics(tmp_path / "fine" / "metrics.csv")], float)
+    for row, since in zip(rows, [0, 4, 8, 10, 12, 16, 20], strict=True):
+        mean = fine[since : int(row[0])].mean(0)
+        assert float(row[2]) == pytest.approx(mean[2], rel=1e-6)
+        assert float(row[3]) == pytest.approx(mean[3], rel=1e-6)
+        assert float(row[6]) > 0
+
+
+def test_training_learns_digits(data: Digits, tmp_path: Path) -> None:
+    train(replace(CONFIG, steps=120, eval_every=120, batch_size=64, lr=1e-2), data, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert float(rows[0][2]) == pytest.approx(math.log(10), rel=0.15)
+    assert float(rows[-1][5]) > 0.7  # chance is 0.1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(data: Digits, tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer="sgd", lr=1e30, checkpoint_every=1, log_every=1)
+    with pytest.raises(TrainError, match=r"loss of sgd \(lr 1e\+30\) is (nan|inf) at step \d+; .*smaller --lr"):
+        train(config, data, tmp_path / "run")
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert state["meter"].isfinite().all()
+    assert all(math.isfinite(float(row[2])) for row in read_metrics(tmp_path / "run" / "metrics.csv"))
+
+
+def test_checkpoints_are_written_every_so_many_steps(
+    data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append(state["step"]))
+    train(replace(CONFIG, checkpoint_every=7), data, tmp_path / "run")
+    assert saved == [7, 14, 21, 24]
+    saved.clear()
+    train(CONFIG, data, tmp_path / "timed")
+    assert saved == [24]
+
+
+def test_evaluation_is_in_evaluation_mode_and_training_is_not(data: Digits, tmp_path: Path) -> None:
+    training = Training(CONFIG, data)
+    seen: list[tuple[bool, str]] = []
+    mode = ["train"]
+    training.optimizer.eval = lambda: mode.__setitem__(0, "eval")  # type: ignore[attr-defined]
+    training.optimizer.train = lambda: mode.__setitem__(0, "train")  # type: ignore[attr-defined]
+    training.model.register_forward_pre_hook(lambda model, inputs: seen.append((model.training, mode[0])))
+    training.run(tmp_path, StopRequest())
+    assert seen[:10] == [(True, "train")] * 10
+    assert seen[10:14] == [(False, "eval")] * 4
+    assert seen[14:24] == [(True, "train")] * 10
+
+
+def test_the_loss_of_an_auxiliary_classifier_counts_four_tenths(
+    data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.side = nn.Linear(64, 10), nn.Linear(64, 10)
+            nn.init.zeros_(self.main.bias)
+            self.side.load_state_dict(self.main.state_dict())
+
+        def forward(self, x: torch.Tensor) -> Any:
+            x = x.flatten(1)
+            return (self.main(x), self.side(x)) if self.training else self.main(x)
+
+    monkeypatch.setattr(models, "build", lambda *_: (TwoHeads(), None, 1))
+    training = Training(replace(CONFIG, steps=1, optimizer="sgd", weight_decay=0.0), data)
+    training.run(tmp_path, StopRequest())
+    main, side = training.model.main.weight.grad, training.model.side.weight.grad
+    assert torch.allclose(side, loop.AUXILIARY_WEIGHT * main, atol=1e-7)
+    assert loop.AUXILIARY_WEIGHT == 0.4
+
+
+def test_the_cosine_schedule_ends_at_zero_and_the_constant_one_stays(data: Digits, tmp_path: Path) -> None:
+    for schedule, middle, end in (("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)):
+        training = Training(replace(CONFIG, schedule=schedule), data)
+        rates = []
+        training.optimizer.register_step_post_hook(
+            lambda optimizer, *_, rates=rates: rates.append(optimizer.param_groups[0]["lr"])
+        )
+        (tmp_path / schedule).mkdir()
+        training.run(tmp_path / schedule, StopRequest())
+        assert rates[0] == 1e-3
+        assert rates[12] == pytest.approx(middle * 1e-3)
+        assert training.optimizer.param_groups[0]["lr"] == pytest.approx(end * 1e-3, abs=1e-12)
+
+
+def test_a_checkpoint_of_another_model_is_refused(data: Digits, tmp_path: Path) -> None:
+    train(replace(CONFIG, steps=1), data, tmp_path / "run")
+    other = replace(CONFIG, optimizer="sgd", lr=0.1, image_size=16, model="preresnet8", classes=3)
+    three = Digits()
+    three.classes = 3
+    with pytest.raises(TrainError, match="does not fit model 'preresnet8'"):
+        Training(other, three).restore(tmp_path / "run" / "checkpoint.pt")
+
+
+def test_a_config_is_loaded_as_it_was_saved_and_a_changed_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config = replace(CONFIG, compare=("sgd:0.03", "hrnn"), init_lr=0.1 + 0.2)
+    config.save(path)
+    assert Config.load(path) == config
+    path.write_text(path.read_text().replace('"seed"', '"sead"'))
+    with pytest.raises(TrainError, match="sead"):
+        Config.load(path)
+    path.write_text("{")
+    with pytest.raises(TrainError, match="not the configuration of a run"):
+        Config.load(path)
+
+
+def test_fewer_steps_than_were_taken_are_refused(data: Digits, tmp_path: Path) -> None:
+    train(CONFIG, data, tmp_path / "run", StopAfter(9))
+    with pytest.raises(TrainError, match="--steps 5 is less than the 9 steps"):
+        train(replace(CONFIG, steps=5), data, tmp_path / "run")
