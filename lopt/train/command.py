@@ -94,25 +94,22 @@ def _train_all(training: Training, folder: Path) -> int:
     from lopt.train import plots
 
     config, data = training.config, training.data
-    labels = {config.optimizer: folder}
-    for rival in config.compare:
-        labels[rival.replace(":", " ")] = folder / rival.replace(":", "-")
     _announce(training, folder)
-    stop = StopRequest()
+    drawn: dict[str, Path] = {}
     done = True
-    with stop:
-        for place, (label, home) in enumerate(labels.items()):
-            if place > 0:
-                training = Training(_rival_config(config, config.compare[place - 1]), data)
-                home.mkdir(exist_ok=True)
+    with StopRequest() as stop:
+        for rival in ("", *config.compare):
+            if rival:
+                training = Training(_rival_config(config, rival), data)
+            home = _make_folder(folder / rival.replace(":", "-"), training.config, data)
             if (home / "checkpoint.pt").exists():
                 training.restore(home / "checkpoint.pt")
             _write_config(training.config, home)
             done = training.run(home, stop)
-            drawn = {key: path / "metrics.csv" for key, path in list(labels.items())[: place + 1]}
-            title = f"{config.model} on {data.name} with {' and '.join(drawn)}"
+            label = f"{OPTIMIZERS[training.config.optimizer].label}, lr {training.config.lr:g}"
+            drawn[label] = home / "metrics.csv"
             try:
-                plots.draw(folder / "curves.png", title, drawn)
+                plots.draw(folder / "curves.png", f"{config.model} on {data.name}", drawn)
             except OSError as error:
                 text = f"{str(folder / 'curves.png')!r} cannot be written ({error}): free space, then resume"
                 raise TrainError(text) from error
@@ -120,7 +117,7 @@ def _train_all(training: Training, folder: Path) -> int:
                 break
             _report(label, training, home)
     if not done:
-        print(f"stopped at step {training.step:,} of {training.config.steps:,} ({training.config.optimizer}); "
+        print(f"stopped at step {training.step:,} of {training.config.steps:,} ({label}); "
               f"continue with: lopt train --resume {folder}")
         return 128 + (stop.received or signal.SIGINT)
     print(f"files      {folder}: curves.png, metrics.csv, checkpoint.pt, config.json")
@@ -300,7 +297,7 @@ def _announce(training: Training, folder: Path) -> None:
     print(f"model      {config.model}: {sum(map(torch.numel, tensors)):,} parameters in {len(tensors)} tensors")
     print(f"data       {data.name}: {data.train_count:,} training and {data.test_count:,} test images of "
           f"{config.image_size}x{config.image_size} in {data.classes} classes")
-    print(f"optimizer  {config.optimizer}: {', '.join(details)}")
+    print(f"optimizer  {OPTIMIZERS[config.optimizer].label}: {', '.join(details)}")
     print(f"run        {config.steps:,} steps of {config.batch_size} images ({epochs:.3g} epochs) on {where}, "
           f"in {folder}", flush=True)
 
@@ -310,8 +307,8 @@ def _report(label: str, training: Training, folder: Path) -> None:
     skipped = int(getattr(training.optimizer, "skipped_steps", 0))
     note = f"; {skipped:,} steps with a non-finite gradient were skipped" if skipped else ""
     accuracy, loss = float(tested[-1][5]), float(tested[-1][4])
-    print(f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f} "
-          f"after {training.step:,} steps in {training.seconds:.0f} s{note}")
+    print(f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f}, "
+          f"{training.step:,} steps in {training.seconds:.0f} s{note}")
 
 
 def _whole(least: int) -> Callable[[str], int]:

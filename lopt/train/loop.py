@@ -118,15 +118,16 @@ def _sgd(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class OptimizerChoice:
+    label: str
     make: Callable[[nn.Module, Config], torch.optim.Optimizer]
     lr: float
     weight_decay: float
 
 
 OPTIMIZERS = {
-    "hrnn": OptimizerChoice(_hrnn, lr=1.0, weight_decay=0.0),
-    "adamw": OptimizerChoice(_adamw, lr=1e-3, weight_decay=1e-2),
-    "sgd": OptimizerChoice(_sgd, lr=0.1, weight_decay=5e-4),
+    "hrnn": OptimizerChoice("HRNN", _hrnn, lr=1.0, weight_decay=0.0),
+    "adamw": OptimizerChoice("AdamW", _adamw, lr=1e-3, weight_decay=1e-2),
+    "sgd": OptimizerChoice("SGD", _sgd, lr=0.1, weight_decay=5e-4),
 }
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done -> factor of lr

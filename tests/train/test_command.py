@@ -83,7 +83,7 @@ def test_hrnn_is_the_default_and_its_options_reach_it(tmp_path: Path, capsys: py
     assert run(*options, "--out", tmp_path / "run") == 0
     group = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]
     assert (group["init_lr"], group["weight_decay"], group["initial_lr"]) == (0.005, 0.1, 1.0)
-    assert "hrnn: lr 1 (cosine), weight decay 0.1, init_lr 0.005, backend reference" in capsys.readouterr().out
+    assert "HRNN: lr 1 (cosine), weight decay 0.1, init_lr 0.005, backend reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
