@@ -213,19 +213,18 @@ class HRNN(Optimizer):
         for name, row in expected.items():
             size = row.size(self.config)
             outer, inner = () if size is None else (size,), _real(param).shape if row.per == "parameter" else ()
-            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+            found = tuple(getattr(state[name], "shape", ()))
             if found != (*outer, *inner):
                 raise ValueError(f"{name!r} of parameter {key} has shape {found} in the state to load and must have "
                                  f"{(*outer, *inner)}: another model, or another architecture of the optimizer")
 
     def _loaded(self, name: str, value: Any, param: Tensor) -> Any:
         """A value of a state to load, as a parameter's own: copied, on its device and in its memory order."""
-        if not isinstance(value, Tensor):
-            return copy.deepcopy(value)
-        dtype = torch.float32 if any(name == row.name for row in ROWS) else value.dtype
-        value = value.detach().to(device=param.device, dtype=dtype, copy=True)
-        per_parameter = any(name == row.name for row in rows(self.config, "parameter"))
-        return like_parameter(value, _real(param)) if per_parameter else value
+        row = next((row for row in ROWS if row.name == name), None)
+        if row is None:
+            return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        value = torch.as_tensor(value).detach().to(device=param.device, dtype=torch.float32, copy=True)
+        return like_parameter(value, _real(param)) if row.per == "parameter" else value
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
@@ -366,7 +365,7 @@ class HRNN(Optimizer):
         else:
             skip.copy_(found_inf.reshape(()))
         if grad_scale is not None:
-            grad_scale = grad_scale.to(device)
+            grad_scale = grad_scale.to(device=device, dtype=torch.float32).reshape(())
         tensor_hidden, log_lr_mean = columns.get("tensor_hidden", []), columns.get("log_lr_mean", [])
         global_hidden = columns["global_hidden"][0] if "global_hidden" in columns else skip.new_empty(0)
         backend.advance(
@@ -392,16 +391,17 @@ class HRNN(Optimizer):
                 f"`fused=True` requires all the params to be floating point Tensors of supported devices, and on "
                 f"{device.type} no fused kernel is usable for these meta-parameters: see `lopt info`; fused=None takes "
                 f"the fastest backend there is")
-        updates = [torch.empty(sum(numel), device=device) for _ in range(1 + self.config.attention)]
+        like: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        updates = [torch.empty(sum(numel), **like) for _ in range(1 + self.config.attention)]
         return _Plan(
             backend=backend,
-            meta=self.meta.to(dtype=torch.float32, device=device),
+            meta=self.meta.to(**like),
             numel=numel,
-            skip=torch.zeros((), device=device),
+            skip=torch.zeros((), **like),
             update=updates[0],
             attention_update=updates[1] if self.config.attention else None,
-            sums=torch.empty(len(numel), sums_columns(self.config).count, device=device),
-            scale=torch.empty(len(numel), len(updates), device=device),
+            sums=torch.empty(len(numel), sums_columns(self.config).count, **like),
+            scale=torch.empty(len(numel), len(updates), **like),
         )
 
     def _raise_nonfinite(self) -> None:

@@ -1,0 +1,1222 @@
+"""lopt.HRNN as a torch.optim.Optimizer: what a PyTorch user may rely on, on every backend that runs here."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from lopt import HRNN, HRNNConfig, MetaParams, backends
+from lopt.config import GRADIENT_LIMIT
+from lopt.state import rows
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+SHAPES = ((6, 5), (6,), (), (2, 3, 3, 2))
+PAPER = MetaParams.init(HRNNConfig(), seed=1)
+ATTENTION = MetaParams.init(HRNNConfig(attention=True), seed=1)
+METAS = {
+    "paper": PAPER,
+    "attention": ATTENTION,
+    "two_levels": MetaParams.init(HRNNConfig(level_sizes=(10, 20)), seed=1),
+    "no_log_lr": MetaParams.init(HRNNConfig(dynamic_output_scale=False, relative_log_lr=None), seed=1),
+}
+
+
+class Place(NamedTuple):
+    """A backend and a device it runs on."""
+
+    backend: str
+    device: str
+
+    def params(self, *shapes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
+        """Parameters with a gradient each; SHAPES without arguments."""
+        generator = torch.Generator().manual_seed(seed)
+        draws = [torch.randn(tuple(shape), generator=generator, dtype=torch.float64) for shape in shapes or SHAPES]
+        params = [nn.Parameter(draw.to(self.device, dtype)) for draw in draws]
+        give_gradients(params, 0)
+        return params
+
+    def hrnn(self, params: Any, **options: Any) -> HRNN:
+        """The optimizer on this backend, with meta-parameters that differ from the default ones."""
+        return HRNN(params, **{"meta": PAPER, "backend": self.backend} | options)
+
+    def skip_unless_supported(self, meta: MetaParams) -> None:
+        """Skip where the backend has no kernel for an architecture."""
+        try:
+            backends.choose(torch.device(self.device), meta.config, self.backend)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+
+PLACES = [Place(name, device)
+          for name, reason in backends.available().items() if reason is None
+          for device in ("cpu", "cuda")
+          if backends.BACKENDS[name].device in ("*", device) and (device == "cpu" or torch.cuda.is_available())]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place.backend}-{place.device}")
+def place(request: pytest.FixtureRequest) -> Place:
+    return request.param
+
+
+def give_gradients(params: Sequence[Tensor], step: int) -> None:
+    """Gradients that depend on the step alone."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for param in params:
+        dtype = torch.complex128 if param.is_complex() else torch.float64
+        param.grad = torch.randn(param.shape, generator=generator, dtype=dtype).to(param.device, param.dtype)
+
+
+def train(optimizer: HRNN, steps: range | int) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in range(steps) if isinstance(steps, int) else steps:
+        give_gradients(params, step)
+        optimizer.step()
+
+
+def content(optimizer: HRNN) -> dict[str, Tensor]:
+    """Copies of all parameters and all state under readable names."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    tensors = {f"{i}.param": param.detach().clone() for i, param in enumerate(params)}
+    for i, param in enumerate(params):
+        for name, value in optimizer.state.get(param, {}).items():
+            tensors[f"{i}.{name}"] = value.clone()
+    return tensors
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Bitwise."""
+    assert left.keys() == right.keys()
+    assert [name for name in left if left[name].dtype != right[name].dtype] == []
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def assert_moved(optimizer: HRNN, before: dict[str, Tensor]) -> None:
+    after = content(optimizer)
+    still = [name for name in before if name.endswith(".param") and torch.equal(before[name], after[name])]
+    assert not still
+
+
+def values(params: Sequence[Tensor]) -> list[Tensor]:
+    return [param.detach().clone() for param in params]
+
+
+# Options, groups, construction
+
+
+def test_step_moves_every_parameter_and_keeps_everything_finite(place):
+    optimizer = place.hrnn(place.params())
+    before = content(optimizer)
+    train(optimizer, 3)
+    assert_moved(optimizer, before)
+    assert all(value.isfinite().all() for value in content(optimizer).values())
+
+
+def test_step_descends_and_maximize_climbs(place):
+    for maximize in (False, True):
+        (param,) = place.params((8, 8))
+        optimizer = place.hrnn([param], maximize=maximize, init_lr=1e-2)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = param.square().sum()
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+        assert (losses[-1] > losses[0]) is maximize
+
+
+def test_maximize_equals_descent_on_negated_gradients(place):
+    climbing, descending = place.hrnn(place.params(), maximize=True), place.hrnn(place.params())
+    for step in range(3):
+        train(climbing, range(step, step + 1))
+        params = descending.param_groups[0]["params"]
+        give_gradients(params, step)
+        for param in params:
+            param.grad.neg_()
+        descending.step()
+    assert_same(content(climbing), content(descending))
+
+
+def test_lr_multiplies_the_step_and_does_not_enter_the_state(place):
+    full, half = place.params(), place.params()
+    for param in (*full, *half):
+        param.data.zero_()
+    optimizers = place.hrnn(full), place.hrnn(half, lr=0.5)
+    for optimizer in optimizers:
+        optimizer.step()
+    for left, right in zip(full, half, strict=True):
+        assert torch.equal(left, 2 * right)
+        assert_same(optimizers[0].state[left], optimizers[1].state[right])
+
+
+def test_each_group_has_its_own_options(place):
+    params = place.params((4, 3), (4, 3), (4, 3))
+    for param in params[1:]:
+        param.data.copy_(params[0])
+        param.grad.copy_(params[0].grad)
+    before = values(params)
+    optimizer = place.hrnn([{"params": params[:1]}, {"params": params[1:2], "lr": 0.0},
+                            {"params": params[2:], "maximize": True, "init_lr": 1e-2}])
+    optimizer.step()
+    moved = [(param - old).abs().max().item() for param, old in zip(params, before, strict=True)]
+    assert moved[1] == 0
+    assert moved[2] == pytest.approx(10 * moved[0], rel=0.5)
+
+
+def test_weight_decay_shrinks_by_lr_times_decay_times_the_learned_rate(place):
+    plain, decayed = place.params(), place.params()
+    optimizers = place.hrnn(plain, lr=0.5), place.hrnn(decayed, lr=0.5, weight_decay=3.0)
+    before = values(plain)
+    for optimizer in optimizers:
+        optimizer.step()
+    for left, right, old in zip(plain, decayed, before, strict=True):
+        rate = optimizers[0].state[left]["log_lr_mean"].exp()
+        assert_same(optimizers[0].state[left], optimizers[1].state[right])
+        # Two float32 roundings of values below 4, on each side.
+        torch.testing.assert_close(left - right, 0.5 * 3.0 * rate * old, rtol=0, atol=4 * 4 * 2**-24)
+
+
+def test_weight_decay_takes_a_parameter_at_most_to_zero(place):
+    decayed, zero = place.params(), place.params()
+    for param in zero:
+        param.data.zero_()
+    for params, weight_decay in ((decayed, 1e9), (zero, 0.0)):
+        place.hrnn(params, weight_decay=weight_decay).step()
+    for left, right in zip(decayed, zero, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=0)
+
+
+def test_lr_zero_leaves_parameters_exactly_unchanged_and_creates_all_state(place):
+    for meta in METAS.values():
+        place.skip_unless_supported(meta)
+        params = place.params()
+        optimizer = place.hrnn(params, meta=meta, lr=0.0, weight_decay=0.1)
+        before = values(params)
+        optimizer.step()
+        assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+        assert all(set(optimizer.state[param]) == {row.name for row in rows(meta.config)} for param in params)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
+    with_float, with_tensor = place.hrnn(place.params(), lr=0.5), place.hrnn(place.params(), lr=torch.full(shape, 0.5))
+    for optimizer in (with_float, with_tensor):
+        train(optimizer, 3)
+    assert_same(content(with_float), content(with_tensor))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"lr": -1.0}, "Invalid learning rate: -1"),
+    ({"lr": math.nan}, "Invalid learning rate: nan"),
+    ({"lr": math.inf}, "Invalid learning rate: inf"),
+    ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
+    ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
+    ({"init_lr": 0.0}, "Invalid init_lr: 0"),
+    ({"foreach": True}, "no foreach implementation"),
+    ({"differentiable": True}, "no differentiable implementation"),
+    ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),
+    ({"backend": "abacus"}, "backend='abacus' is not one of .*reference"),
+])
+def test_construction_refuses_what_it_cannot_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        HRNN([nn.Parameter(torch.zeros(2))], **options)
+
+
+@pytest.mark.parametrize(("params", "error", "message"), [
+    (torch.zeros(2), TypeError, "params argument given to the optimizer should be an iterable of Tensors or dicts"),
+    ([], ValueError, "optimizer got an empty parameter list"),
+    ([nn.Parameter(torch.zeros(1)) * 2], ValueError, "can't optimize a non-leaf Tensor"),
+    ([("a", nn.Parameter(torch.zeros(1))), nn.Parameter(torch.zeros(1))], ValueError, "Some param names are missing"),
+])
+def test_construction_speaks_as_torch_does_about_bad_parameters(params, error, message):
+    with pytest.raises(error, match=message):
+        HRNN(params)
+
+
+def test_an_absent_backend_is_refused_by_name_with_what_is_usable():
+    (param,) = Place("reference", "cpu").params((2,))
+    for name in {"cpu", "cuda", "triton"} - {place.backend for place in PLACES}:
+        with pytest.raises((ValueError, RuntimeError), match=f"{name}.*reference"):
+            HRNN([param], backend=name).step()
+
+
+def test_every_backend_of_the_table_can_be_asked_for_by_name(place):
+    (param,) = place.params((3,))
+    optimizer = place.hrnn([param])
+    optimizer.step()
+    assert optimizer.backend == place.backend
+    assert optimizer.state[param]["step"] == 1
+
+
+@pytest.mark.parametrize(("lr", "count"), [(1e-3, 1), (0.05, 1), (0.06, 0), (1.0, 0), (0.0, 0)])
+def test_a_float_lr_that_looks_like_a_learning_rate_warns_once(lr, count):
+    params = [{"params": [nn.Parameter(torch.zeros(2))]}, {"params": [nn.Parameter(torch.zeros(2))]}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        HRNN(params, lr=lr)
+    assert [f"lr={lr} multiplies the learned step" in str(warning.message) for warning in caught] == [True] * count
+    assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_a_group_lr_that_looks_like_a_learning_rate_warns_and_a_tensor_does_not():
+    with pytest.warns(UserWarning, match="lr=0.001 multiplies"):
+        HRNN([{"params": [nn.Parameter(torch.zeros(2))], "lr": 1e-3}])
+    HRNN([nn.Parameter(torch.zeros(2))], lr=torch.tensor(1e-3))
+
+
+def test_fused_false_takes_the_reference_and_none_the_fastest(place):
+    fastest = backends.choose(torch.device(place.device), PAPER.config).__name__
+    for fused, expected in ((False, "reference"), (None, fastest)):
+        (param,) = place.params((3,))
+        optimizer = HRNN([param], meta=PAPER, fused=fused)
+        optimizer.step()
+        assert optimizer._plans[param.device].backend.__name__.endswith(expected)
+
+
+def test_fused_true_never_falls_back_to_the_reference():
+    (param,) = Place("reference", "cpu").params((3,))
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+        HRNN([param], fused=True, backend="reference").step()
+    assert torch.equal(param, before)
+
+
+def test_fused_true_on_meta_tensors_raises_torchs_own_text():
+    param = nn.Parameter(torch.empty(3, device="meta"))
+    param.grad = torch.empty(3, device="meta")
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+        HRNN([param], fused=True).step()
+
+
+def test_step_on_meta_tensors_makes_the_state_without_memory():
+    param = nn.Parameter(torch.empty(1000, 1000, device="meta"))
+    param.grad = torch.empty(1000, 1000, device="meta")
+    optimizer = HRNN([param])
+    optimizer.step()
+    assert {value.device.type for value in optimizer.state[param].values()} == {"meta"}
+
+
+def test_optimizer_can_be_made_before_its_model_has_memory(place):
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    HRNN(model.parameters())
+    model = model.to_empty(device=place.device)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = place.hrnn(model.parameters())
+    before = content(optimizer)
+    train(optimizer, 1)
+    assert_moved(optimizer, before)
+
+
+def test_meta_is_given_as_object_or_file_and_both_train_alike(place, tmp_path):
+    PAPER.save(tmp_path / "trained.safetensors")
+    optimizers = [place.hrnn(place.params(), meta=meta)
+                  for meta in (PAPER, tmp_path / "trained.safetensors", str(tmp_path / "trained.safetensors"))]
+    for optimizer in optimizers:
+        train(optimizer, 2)
+        assert_same(content(optimizer), content(optimizers[0]))
+
+
+def test_meta_names_shipped_weights_and_none_takes_a_default():
+    for name in MetaParams.shipped():
+        assert HRNN([nn.Parameter(torch.zeros(2))], meta=name).config == MetaParams.resolve(name).config
+    assert isinstance(HRNN([nn.Parameter(torch.zeros(2))]).meta, MetaParams)
+
+
+def test_an_unknown_meta_is_refused_by_name():
+    with pytest.raises(FileNotFoundError, match="meta='no-such-weights' is neither a file nor the name of"):
+        HRNN([nn.Parameter(torch.zeros(2))], meta="no-such-weights")
+
+
+def test_double_precision_metaparams_are_used_in_the_precision_of_the_state(place):
+    single, double = place.hrnn(place.params()), place.hrnn(place.params(), meta=PAPER.to(dtype=torch.float64))
+    for optimizer in (single, double):
+        train(optimizer, 2)
+    assert_same(content(single), content(double))
+
+
+def test_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(place):
+    (param,) = place.params((3,))
+    optimizer, calls = place.hrnn([param]), []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    expected = param.square().sum().item()
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == expected
+    assert calls == [True]
+    assert optimizer.step() is None
+
+
+def test_step_hooks_run_around_every_step(place):
+    optimizer, calls = place.hrnn(place.params()), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(optimizer, 2)
+    assert calls == ["before", "after"] * 2
+
+
+def test_optimizer_prints_its_options():
+    assert "weight_decay: 0.5" in repr(HRNN([nn.Parameter(torch.zeros(2))], weight_decay=0.5))
+
+
+def test_an_added_group_joins_the_training_and_the_global_state(place):
+    first, second = place.params((4, 3), (5,))
+    optimizer = place.hrnn([first])
+    train(optimizer, 2)
+    optimizer.add_param_group({"params": [second], "lr": 0.5})
+    train(optimizer, 2)
+    assert optimizer.state[second]["step"] == 2
+    assert optimizer.state[first]["step"] == 4
+    assert optimizer.state[first]["global_hidden"] is optimizer.state[second]["global_hidden"]
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was(place):
+    first, second = place.params((4, 3), (5,))
+    optimizer = place.hrnn([first])
+    for group in ({"params": [second], "lr": -1.0}, {"params": [first]}):
+        with pytest.raises(ValueError, match="Invalid learning rate|some parameters appear in more than one"):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_parameter_listed_twice_warns_and_is_stepped_once(place):
+    first, second = place.params((4, 3), (5,)), place.params((4, 3), (5,))
+    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
+        twice = place.hrnn([first[0], first[1], first[0]])
+    once = place.hrnn(second)
+    for optimizer in (twice, once):
+        train(optimizer, 2)
+    assert_same(content(twice), content(once))
+
+
+def test_tied_weights_are_one_parameter(place):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.decode = nn.Embedding(5, 3), nn.Linear(3, 5)
+            self.decode.weight = self.encode.weight
+
+    model = Tied().to(place.device)
+    optimizer = place.hrnn(model.parameters())
+    train(optimizer, 2)
+    assert len(optimizer.state) == 2
+    assert model.decode.weight is model.encode.weight
+
+
+def test_an_empty_group_and_a_frozen_integer_parameter_do_no_harm(place):
+    (param,) = place.params((3,))
+    frozen = nn.Parameter(torch.zeros(4, dtype=torch.uint8, device=place.device), requires_grad=False)
+    optimizer = place.hrnn([{"params": []}, {"params": [param, frozen]}])
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+    assert frozen not in optimizer.state
+
+
+def test_an_integer_parameter_with_a_gradient_is_refused(place):
+    frozen = nn.Parameter(torch.zeros(4, dtype=torch.int32, device=place.device), requires_grad=False)
+    frozen.grad = torch.ones_like(frozen)
+    with pytest.raises(TypeError, match=r"shape \(4,\) has dtype torch.int32"):
+        place.hrnn([frozen]).step()
+
+
+# State
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_state_is_float32_and_laid_out_as_its_table_says(place, dtype):
+    params = place.params(dtype=dtype) if not dtype.is_complex else [
+        nn.Parameter(torch.view_as_complex(param.data)) for param in place.params((4, 3, 2))]
+    optimizer = place.hrnn(params)
+    train(optimizer, 1)
+    for param in params:
+        shape = torch.view_as_real(param).shape if dtype.is_complex else param.shape
+        for row in rows(optimizer.config):
+            value, size = optimizer.state[param][row.name], row.size(optimizer.config)
+            assert value.dtype == torch.float32
+            assert value.shape == (*(() if size is None else (size,)), *(shape if row.per == "parameter" else ()))
+
+
+def test_all_parameters_share_one_global_state(place):
+    params = place.params()
+    optimizer = place.hrnn(params)
+    optimizer.step()
+    assert len({id(optimizer.state[param]["global_hidden"]) for param in params}) == 1
+
+
+def test_parameters_without_gradient_are_untouched_and_have_no_state(place):
+    params = place.params()
+    params[1].grad = None
+    before = params[1].detach().clone()
+    optimizer = place.hrnn(params)
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert params[1] not in optimizer.state or not optimizer.state[params[1]]
+    for param in params:
+        param.grad = None
+    everything = content(optimizer)
+    optimizer.step()
+    assert_same(content(optimizer), everything)
+    assert optimizer.skipped_steps == 0
+
+
+def test_a_parameter_may_take_part_in_some_steps_only(place):
+    params = place.params()
+    optimizer = place.hrnn(params)
+    for step in range(6):
+        give_gradients(params, step)
+        params[step % 2].grad = None
+        optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 6, 6]
+
+
+# Shapes, strides, dtypes
+
+
+def test_zero_element_and_zero_dimensional_parameters_step_beside_others(place):
+    params = place.params((0,), (3, 0, 2), (), (1,), (4, 3))
+    optimizer = place.hrnn(params)
+    before = values(params)
+    train(optimizer, 2)
+    moved = [not torch.equal(param, old) for param, old in zip(params, before, strict=True)]
+    assert moved == [False, False, True, True, True]
+    assert all(value.isfinite().all() for value in content(optimizer).values())
+    resumed = place.hrnn(place.params((0,), (3, 0, 2), (), (1,), (4, 3)))
+    resumed.load_state_dict(optimizer.state_dict())
+    only_empty = place.hrnn(place.params((0,)))
+    only_empty.step()
+
+
+def test_gradients_are_never_written(place):
+    params = place.params()
+    params[0].grad = torch.randn(1, device=place.device).expand_as(params[0])
+    params[3].grad = params[3].grad.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    before = [(param.grad, param.grad.clone(), param.grad._version) for param in params]
+    place.hrnn(params, maximize=True, weight_decay=0.1).step()
+    for param, (grad, value, version) in zip(params, before, strict=True):
+        assert param.grad is grad
+        assert torch.equal(grad, value)
+        assert grad._version == version
+
+
+def layouts(base: Tensor) -> dict[str, Tensor]:
+    """The values of a [4, 3, 5, 2] tensor in several memory layouts."""
+    gap = torch.zeros(9, 3, 5, 4, dtype=base.dtype, device=base.device)
+    return {
+        "contiguous": base.clone(),
+        "channels_last": base.clone(memory_format=torch.channels_last),
+        "permuted": base.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "view_into_larger": gap[1:8:2, :, :, 1:3].copy_(base),
+    }
+
+
+@pytest.mark.parametrize("meta", [PAPER, ATTENTION], ids=["paper", "attention"])
+@pytest.mark.parametrize("layout", ["channels_last", "permuted", "view_into_larger"])
+def test_memory_layout_of_parameter_and_gradient_does_not_matter(place, layout, meta):
+    place.skip_unless_supported(meta)
+    (start,), other = place.params((4, 3, 5, 2)), place.params((7,))[0]
+    results = []
+    for param_layout, grad_layout in (("contiguous", "contiguous"), (layout, layout), (layout, "contiguous"),
+                                      ("contiguous", layout)):
+        param = nn.Parameter(layouts(start.detach())[param_layout])
+        assert param.stride() == layouts(start.detach())[param_layout].stride()
+        beside = nn.Parameter(other.detach().clone())
+        optimizer = place.hrnn([param, beside], meta=meta, weight_decay=0.1)
+        for step in range(3):
+            give_gradients([param, beside], step)
+            param.grad = layouts(param.grad)[grad_layout]
+            optimizer.step()
+        results.append(content(optimizer))
+    for result in results[1:]:
+        # The order of summation differs: one float32 rounding of 120 addends enters every step's means.
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_storage_around_a_view_is_untouched(place):
+    storage = torch.full((6, 10), 7.0, device=place.device)
+    param = storage[1:5, 2:6].requires_grad_()
+    outside = torch.ones(6, 10, dtype=torch.bool, device=place.device)
+    outside[1:5, 2:6] = False
+    optimizer = place.hrnn([param])
+    train(optimizer, 2)
+    assert (storage.detach()[outside] == 7).all()
+    assert (storage.detach()[~outside] != 7).all()
+
+
+def test_state_lies_in_memory_like_its_parameter(place):
+    param = nn.Parameter(place.params((4, 3, 5, 2))[0].detach().to(memory_format=torch.channels_last))
+    optimizer = place.hrnn([param])
+    train(optimizer, 1)
+    for name in ("hidden", "accum", "ms"):
+        assert optimizer.state[param][name][0].stride() == param.stride()
+        assert optimizer.state[param][name].stride(0) == param.numel()
+    assert optimizer.state[param]["log_lr"].stride() == param.stride()
+
+
+def test_state_follows_a_model_into_another_memory_format(place):
+    def run(convert: bool) -> tuple[HRNN, dict[str, Tensor]]:
+        model = nn.Conv2d(3, 4, 3).to(place.device)
+        with torch.no_grad():
+            for param, value in zip(model.parameters(), place.params((4, 3, 3, 3), (4,)), strict=True):
+                param.copy_(value)
+        optimizer = place.hrnn(model.parameters())
+        train(optimizer, 2)
+        if convert:
+            model.to(memory_format=torch.channels_last)
+            assert model.weight.stride() != nn.Conv2d(3, 4, 3).weight.stride()
+        train(optimizer, range(2, 4))
+        return optimizer, content(optimizer)
+
+    (optimizer, converted), (_, plain) = run(True), run(False)
+    weight = optimizer.param_groups[0]["params"][0]
+    assert optimizer.state[weight]["hidden"][0].stride() == weight.stride()
+    for name, value in converted.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_dtypes_step_together_as_they_would_in_float32(place):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    mixed = [param.to(dtype).detach().requires_grad_() for param, dtype in zip(place.params(), dtypes, strict=True)]
+    plain = [param.detach().float().requires_grad_() for param in mixed]
+    optimizers = place.hrnn(mixed), place.hrnn(plain)
+    give_gradients(mixed, 0)
+    for param, same in zip(mixed, plain, strict=True):
+        same.grad = param.grad.float()
+    for optimizer in optimizers:
+        optimizer.step()
+    for param, same in zip(mixed, plain, strict=True):
+        assert param.dtype == param.grad.dtype
+        atol = 1e-6 if param.dtype == torch.float64 else 0
+        torch.testing.assert_close(param.float(), same.to(param.dtype).float(), rtol=0, atol=atol)
+        assert_same(optimizers[0].state[param], optimizers[1].state[same])
+
+
+def test_a_double_parameter_moves_by_less_than_float32_resolves(place):
+    (param,) = place.params((8,), dtype=torch.float64)
+    param.data.fill_(1e6)
+    place.hrnn([param], init_lr=1e-4).step()
+    moved = (param - 1e6).abs()
+    assert (moved > 0).all()
+    assert moved.max() < torch.finfo(torch.float32).eps * 1e6
+
+
+@pytest.mark.parametrize("meta", [PAPER, ATTENTION], ids=["paper", "attention"])
+def test_a_complex_parameter_is_optimized_as_pairs_of_reals(place, meta):
+    place.skip_unless_supported(meta)
+    pairs = place.params((4, 3, 2), (5, 2))
+    numbers = [nn.Parameter(torch.view_as_complex(param.detach().clone())) for param in pairs]
+    real, complex_ = place.hrnn(pairs, meta=meta, weight_decay=0.1), place.hrnn(numbers, meta=meta, weight_decay=0.1)
+    for step in range(4):
+        give_gradients(pairs, step)
+        for number, pair in zip(numbers, pairs, strict=True):
+            number.grad = torch.view_as_complex(pair.grad)
+        for optimizer in (real, complex_):
+            optimizer.step()
+        if step == 2:
+            complex_.eval()
+            complex_.load_state_dict(copy.deepcopy(complex_.state_dict()))
+            complex_.train()
+    for pair, number in zip(pairs, numbers, strict=True):
+        assert torch.equal(pair, torch.view_as_real(number))
+        assert_same(real.state[pair], complex_.state[number])
+
+
+def test_sparse_gradients_are_refused_with_a_cure(place):
+    embedding = nn.Embedding(5, 3, sparse=True).to(place.device)
+    embedding(torch.tensor([1, 2], device=place.device)).sum().backward()
+    before = embedding.weight.detach().clone()
+    for nonfinite in ("skip", "raise"):
+        with pytest.raises(RuntimeError, match="does not support sparse gradients: use sparse=False"):
+            place.hrnn(embedding.parameters(), nonfinite=nonfinite).step()
+    assert torch.equal(embedding.weight, before)
+
+
+def test_a_parameter_of_another_shape_than_its_state_is_refused(place):
+    (param,) = place.params((4, 3))
+    optimizer = place.hrnn([param])
+    optimizer.step()
+    param.grad = None
+    for shape in ((5, 3), (12,), (3, 4)):
+        param.data = torch.zeros(shape, device=place.device)
+        give_gradients([param], 1)
+        with pytest.raises(RuntimeError, match=r"has shape .* its state was made for \(4, 3\)"):
+            optimizer.step()
+
+
+def test_a_moved_parameter_is_refused_with_a_cure_that_works(place):
+    params = place.params()
+    optimizer = place.hrnn(params)
+    train(optimizer, 2)
+    expected = copy.deepcopy(optimizer)
+    # As if the model had come here from a device without memory: the state is left behind.
+    states = {param: dict(optimizer.state[param]) for param in params}
+    for param in params:
+        optimizer.state[param] = {name: value.to("meta") for name, value in states[param].items()}
+    with pytest.raises(RuntimeError, match=r"optimizer.load_state_dict\(optimizer.state_dict\(\)\)"):
+        optimizer.step()
+    for param in params:
+        optimizer.state[param] = {name: value.cpu() for name, value in states[param].items()}
+    optimizer.load_state_dict(optimizer.state_dict())
+    for either in (optimizer, expected):
+        train(either, range(2, 4))
+    assert_same(content(optimizer), content(expected))
+
+
+def test_the_default_dtype_does_not_change_a_step(place):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = place.hrnn(place.params())
+            train(optimizer, 2)
+            results.append(content(optimizer))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert_same(*results)
+
+
+# Saving, loading, copying
+
+
+def through_memory(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(("meta", "dtype"), [
+    ("paper", torch.float32),
+    ("attention", torch.bfloat16),
+    ("two_levels", torch.float64),
+    ("no_log_lr", torch.float16),
+])
+def test_resumed_run_equals_uninterrupted_run(place, meta, dtype):
+    place.skip_unless_supported(METAS[meta])
+    options: dict[str, Any] = {"meta": METAS[meta], "weight_decay": 0.01}
+    whole = place.hrnn(place.params(dtype=dtype), **options)
+    train(whole, 100)
+    first = place.hrnn(place.params(dtype=dtype), **options)
+    train(first, 50)
+    saved = through_memory(first.state_dict())
+    params = [param.detach().clone().requires_grad_() for param in first.param_groups[0]["params"]]
+    second = place.hrnn(params, **options)
+    second.load_state_dict(saved)
+    train(second, range(50, 100))
+    assert_same(content(second), content(whole))
+
+
+def test_state_dict_survives_a_round_trip_unchanged(place):
+    optimizer = place.hrnn(place.params(dtype=torch.bfloat16))
+    train(optimizer, 2)
+    saved = optimizer.state_dict()
+    loaded = through_memory(saved)
+    fresh = place.hrnn(place.params(dtype=torch.bfloat16))
+    fresh.load_state_dict(loaded)
+    again = fresh.state_dict()
+    assert again["param_groups"] == saved["param_groups"]
+    for key, state in saved["state"].items():
+        assert_same(state, again["state"][key])
+
+
+def test_loading_shares_no_memory_with_the_dictionary(place):
+    source, target = place.hrnn(place.params()), place.hrnn(place.params(seed=1))
+    train(source, 2)
+    before = content(source)
+    target.load_state_dict(source.state_dict())
+    train(target, range(2, 4))
+    assert_same(content(source), before)
+    assert len({id(state["global_hidden"]) for state in target.state.values()}) == 1
+
+
+def test_state_saved_before_the_first_step_loads(place):
+    fresh, other = place.hrnn(place.params()), place.hrnn(place.params())
+    other.load_state_dict(through_memory(fresh.state_dict()))
+    for optimizer in (fresh, other):
+        train(optimizer, 2)
+    assert_same(content(fresh), content(other))
+
+
+def test_loaded_options_replace_those_of_the_groups(place):
+    source, target = place.hrnn(place.params(), lr=0.25, weight_decay=0.5), place.hrnn(place.params())
+    target.load_state_dict(source.state_dict())
+    assert (target.param_groups[0]["lr"], target.param_groups[0]["weight_decay"]) == (0.25, 0.5)
+
+
+def test_a_dictionary_with_missing_options_or_a_plain_step_number_loads(place):
+    source, target = place.hrnn(place.params()), place.hrnn(place.params(), lr=0.5)
+    train(source, 2)
+    saved = copy.deepcopy(source.state_dict())
+    for group in saved["param_groups"]:
+        for name in ("maximize", "init_lr", "train_mode", "fused", "lr"):
+            del group[name]
+    for state in saved["state"].values():
+        state["step"] = state["step"].item()
+    target.load_state_dict(saved)
+    train(target, 1)
+    assert target.param_groups[0]["lr"] == 0.5
+    assert {state["step"].item() for state in target.state.values()} == {3}
+
+
+@pytest.mark.parametrize(("saved", "message"), [
+    ("two_levels", "lacks global_hidden: it was saved by another optimizer, or by HRNN with another architecture"),
+    ("attention", "has, beyond this architecture, true_param"),
+    ("timescales", r"'hidden' of parameter 0 has shape \(10, 6, 5\) in the state to load and must have \(12, 6, 5\)"),
+    ("model", r"'hidden' of parameter 0 has shape \(10, 3\) in the state to load and must have \(10, 6, 5\)"),
+    ("adamw", "lacks hidden, accum"),
+    ("groups", "different number of parameter groups"),
+    ("sizes", "doesn't match the size of optimizer's group"),
+])
+def test_state_of_another_architecture_or_model_is_refused_and_nothing_is_changed(place, saved, message):
+    params, options = place.params(), {}
+    if saved == "adamw":
+        source: torch.optim.Optimizer = torch.optim.AdamW(params)
+    elif saved in METAS:
+        source = HRNN(params, meta=METAS[saved], backend="reference")
+    elif saved == "timescales":
+        source = place.hrnn(params)
+        options = {"meta": MetaParams.init(HRNNConfig((12, 20, 20))), "backend": "reference"}
+    elif saved == "model":
+        source = place.hrnn(place.params((3,), (6,), (), (2, 3, 3, 2)))
+    elif saved == "groups":
+        source = place.hrnn([{"params": params[:2]}, {"params": params[2:]}])
+    else:
+        source = place.hrnn(params[:3])
+    source.step()
+    target = place.hrnn(place.params(), **options)
+    target.step()
+    before, groups = content(target), copy.deepcopy(target.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=message):
+        target.load_state_dict(source.state_dict())
+    assert_same(content(target), before)
+    assert target.state_dict()["param_groups"] == groups
+    target.step()
+
+
+def test_load_hooks_of_the_user_see_and_may_change_what_is_loaded(place):
+    source, target = place.hrnn(place.params()), place.hrnn(place.params(dtype=torch.bfloat16))
+    train(source, 2)
+    seen = []
+
+    def halve(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {key: dict(value, ms=value["ms"] / 2) for key, value in state_dict["state"].items()}
+        return dict(state_dict, state=state)
+
+    def double(optimizer: Any) -> None:
+        for state in optimizer.state.values():
+            seen.append(state["hidden"].dtype)
+            state["accum"] *= 2
+
+    target.register_load_state_dict_pre_hook(halve)
+    target.register_load_state_dict_post_hook(double)
+    target.load_state_dict(source.state_dict())
+    assert seen == [torch.float32] * len(SHAPES)
+    for left, right in zip(source.state.values(), target.state.values(), strict=True):
+        assert torch.equal(left["ms"], 2 * right["ms"])
+        assert torch.equal(2 * left["accum"], right["accum"])
+
+
+def test_names_of_parameters_are_kept_and_loaded(place):
+    params = place.params()
+    named = place.hrnn([(f"layer{i}", param) for i, param in enumerate(params)])
+    named.step()
+    saved = through_memory(named.state_dict())
+    assert saved["param_groups"][0]["param_names"] == ["layer0", "layer1", "layer2", "layer3"]
+    unnamed = place.hrnn(place.params())
+    unnamed.load_state_dict(saved)
+    unnamed.step()
+
+
+def test_state_of_the_users_own_travels_along(place):
+    source, target = place.hrnn(place.params()), place.hrnn(place.params())
+    train(source, 1)
+    for state in source.state.values():
+        state["note"], state["average"] = {"seen": 3}, torch.ones(2, dtype=torch.float64, device=place.device)
+    target.load_state_dict(source.state_dict())
+    for left, right in zip(source.state.values(), target.state.values(), strict=True):
+        assert right["note"] == left["note"]
+        assert right["note"] is not left["note"]
+        assert torch.equal(right["average"], left["average"])
+        assert right["average"] is not left["average"]
+    train(target, range(1, 2))
+
+
+def pickled(optimizer: HRNN) -> HRNN:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_copy_goes_on_like_the_original_and_apart_from_it(place, duplicate, steps):
+    original = place.hrnn(place.params(), weight_decay=0.1, nonfinite="raise")
+    train(original, steps)
+    scheduler = lr_scheduler.StepLR(original, 1)  # puts a wrapper of step() on the instance
+    duplicated = duplicate(original)
+    train(duplicated, range(steps, steps + 2))
+    train(original, range(steps, steps + 2))
+    assert_same(content(original), content(duplicated))
+    scheduler.step()
+    assert duplicated._step_supports_amp_scaling
+    assert (duplicated.backend, duplicated.nonfinite) == (place.backend, "raise")
+    assert duplicated.config == original.config
+    assert len({id(state["global_hidden"]) for state in duplicated.state.values()}) == 1
+    before = content(original)
+    train(duplicated, 1)
+    assert_same(content(original), before)
+
+
+def test_a_copy_has_every_public_attribute():
+    def public(optimizer: HRNN) -> set[str]:
+        return {name for name in vars(optimizer) if not name.startswith("_")}
+
+    optimizer = HRNN([nn.Parameter(torch.zeros(2))])
+    assert public(optimizer) == public(copy.deepcopy(optimizer))
+
+
+def test_a_pickle_of_a_version_with_fewer_options_still_steps(place):
+    optimizer = place.hrnn(place.params())
+    train(optimizer, 1)
+    state = optimizer.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        for name in ("init_lr", "maximize", "weight_decay", "fused", "capturable", "train_mode", "differentiable"):
+            del options[name]
+    for name in ("nonfinite", "backend", "_skipped"):
+        del state[name]
+    old = HRNN.__new__(HRNN)
+    old.__setstate__(state)
+    old.step()
+    assert old.param_groups[0]["init_lr"] == 1e-3
+    assert old.skipped_steps == 0
+    old.add_param_group({"params": place.params((2,))})
+
+
+def test_distributed_checkpoint_functions_restore_the_state_without_a_process_group(place):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    def build() -> tuple[nn.Module, HRNN]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(place.device)
+        return model, place.hrnn(model.parameters(), meta=PAPER)
+
+    for flat in (False, True):
+        options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+        (model, optimizer), (_, other) = build(), build()
+        train(optimizer, 3)
+        saved = through_memory(dcp.get_optimizer_state_dict(model, optimizer, options=options))
+        twin, other = build()
+        twin.load_state_dict(model.state_dict())
+        dcp.set_optimizer_state_dict(twin, other, saved, options=options)
+        for either in (optimizer, other):
+            train(either, range(3, 5))
+        assert_same(content(optimizer), content(other))
+
+
+# Schedules
+
+SCHEDULERS: dict[str, Callable[[HRNN], lr_scheduler.LRScheduler]] = {
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": lambda opt: lr_scheduler.MultiplicativeLR(opt, lambda step: 0.9),
+    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 2),
+    "MultiStepLR": lambda opt: lr_scheduler.MultiStepLR(opt, [1, 3]),
+    "ConstantLR": lambda opt: lr_scheduler.ConstantLR(opt, total_iters=2),
+    "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, total_iters=4),
+    "ExponentialLR": lambda opt: lr_scheduler.ExponentialLR(opt, 0.9),
+    "PolynomialLR": lambda opt: lr_scheduler.PolynomialLR(opt, 5),
+    "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 5),
+    "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3),
+    "CyclicLR": lambda opt: lr_scheduler.CyclicLR(opt, 0.1, 1.0, 2, cycle_momentum=False),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 1.0, 8, cycle_momentum=False),
+    "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
+        opt, [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.9)], [2]),
+    "ChainedScheduler": lambda opt: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.9)]),
+    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0),
+    "SWALR": lambda opt: torch.optim.swa_utils.SWALR(opt, 0.5, 3),
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_scheduled_lr_is_the_one_used(place, name):
+    """Displacements of a run under a schedule equal those of a run where lr is set by hand."""
+    scheduled, by_hand = place.hrnn(place.params()), place.hrnn(place.params())
+    scheduler, factors = SCHEDULERS[name](scheduled), []
+    for step in range(6):
+        by_hand.param_groups[0]["lr"] = float(scheduled.param_groups[0]["lr"])
+        factors.append(by_hand.param_groups[0]["lr"])
+        for optimizer in (scheduled, by_hand):
+            train(optimizer, range(step, step + 1))
+        scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
+    assert len(set(factors)) > 1
+    assert_same(content(scheduled), content(by_hand))
+
+
+def test_a_schedule_of_a_tensor_lr_equals_that_of_a_float(place):
+    runs = []
+    for lr in (1.0, torch.tensor(1.0)):
+        optimizer = place.hrnn(place.params(), lr=lr)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)  # exact in float32
+        for step in range(4):
+            train(optimizer, range(step, step + 1))
+            scheduler.step()
+        runs.append(content(optimizer))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("schedule", [lr_scheduler.CyclicLR, lr_scheduler.OneCycleLR])
+def test_schedules_of_a_momentum_are_refused_by_torch(schedule):
+    with pytest.raises(ValueError, match="optimizer must support momentum"):
+        schedule(HRNN([nn.Parameter(torch.zeros(2))]), 0.1, 8)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_eval_shows_the_optimized_parameters_and_train_restores_the_attended_exactly(place, dtype):
+    place.skip_unless_supported(ATTENTION)
+    params = place.params(dtype=dtype)
+    optimizer = place.hrnn(params, meta=ATTENTION)
+    train(optimizer, 3)
+    attended = content(optimizer)
+    for _ in range(2):
+        optimizer.eval()
+    for param in params:
+        assert torch.equal(param, optimizer.state[param]["true_param"].to(dtype))
+    assert any(not torch.equal(param, attended[f"{i}.param"]) for i, param in enumerate(params))
+    for _ in range(2):
+        optimizer.train()
+    assert_same(content(optimizer), attended)
+
+
+def test_stepping_in_eval_mode_is_refused_and_changes_nothing(place):
+    place.skip_unless_supported(ATTENTION)
+    optimizer = place.hrnn(place.params(), meta=ATTENTION)
+    train(optimizer, 1)
+    optimizer.eval()
+    before = content(optimizer)
+    with pytest.raises(RuntimeError, match=r"in eval mode.*Call optimizer.train\(\)"):
+        optimizer.step()
+    assert_same(content(optimizer), before)
+    optimizer.train()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_saved_in_eval_mode_resumes_exactly(place, dtype):
+    place.skip_unless_supported(ATTENTION)
+    optimizer = place.hrnn(place.params(dtype=dtype), meta=ATTENTION)
+    train(optimizer, 2)
+    optimizer.eval()
+    saved = through_memory({"model": values(optimizer.param_groups[0]["params"]), "optimizer": optimizer.state_dict()})
+    resumed = place.hrnn([nn.Parameter(value) for value in saved["model"]], meta=ATTENTION)
+    resumed.load_state_dict(saved["optimizer"])
+    for either in (optimizer, resumed, copy.deepcopy(resumed)):
+        either.train()
+        train(either, range(2, 4))
+        assert_same(content(either), content(optimizer))
+
+
+def test_without_attention_train_and_eval_change_nothing_and_stepping_goes_on(place):
+    optimizer = place.hrnn(place.params())
+    train(optimizer, 1)
+    before = content(optimizer)
+    optimizer.eval()
+    assert_same(content(optimizer), before)
+    optimizer.step()
+
+
+def test_modes_may_be_switched_before_the_first_step(place):
+    place.skip_unless_supported(ATTENTION)
+    switched, plain = place.hrnn(place.params(), meta=ATTENTION), place.hrnn(place.params(), meta=ATTENTION)
+    switched.eval()
+    switched.train()
+    for optimizer in (switched, plain):
+        train(optimizer, 2)
+    assert_same(content(switched), content(plain))
+
+
+# Non-finite gradients
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2 * GRADIENT_LIMIT])
+@pytest.mark.parametrize("meta", list(METAS))
+@pytest.mark.parametrize("which", [0, 2, 3])
+def test_a_step_with_a_nonfinite_gradient_is_as_if_it_had_not_been(place, value, meta, which):
+    place.skip_unless_supported(METAS[meta])
+    clean, hit = (place.hrnn(place.params(), meta=METAS[meta], weight_decay=0.1) for _ in range(2))
+    for optimizer in (clean, hit):
+        train(optimizer, 2)
+    params = hit.param_groups[0]["params"]
+    give_gradients(params, 7)
+    params[which].grad.view(-1)[-1] = value
+    before = content(hit)
+    hit.step()
+    assert_same(content(hit), before)
+    assert hit.skipped_steps == 1
+    for optimizer in (clean, hit):
+        train(optimizer, range(2, 4))
+    assert_same(content(hit), content(clean))
+    assert (clean.skipped_steps, hit.skipped_steps) == (0, 1)
+    assert copy.deepcopy(hit).skipped_steps == 1
+
+
+def test_a_nonfinite_first_step_leaves_parameters_and_initial_state(place):
+    params = place.params()
+    optimizer, lazy = place.hrnn(params), place.hrnn(place.params(), lr=0.0)
+    before = values(params)
+    params[1].grad[0] = math.nan
+    optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert all(value.isfinite().all() for value in content(optimizer).values())
+    assert {state["step"].item() for state in optimizer.state.values()} == {0}
+    lazy.step()
+    assert content(lazy).keys() == content(optimizer).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_nonfinite_gradients_of_every_dtype_are_seen(place, dtype):
+    optimizer = place.hrnn(place.params(dtype=dtype))
+    optimizer.param_groups[0]["params"][0].grad[0, 0] = math.inf
+    before = values(optimizer.param_groups[0]["params"])
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(param, old) for param, old in zip(optimizer.param_groups[0]["params"], before, strict=True))
+
+
+def test_a_gradient_at_the_limit_is_taken_and_leaves_finite_state(place):
+    params = place.params()
+    optimizer = place.hrnn(params)
+    before = content(optimizer)
+    for _ in range(3):
+        params[0].grad.fill_(GRADIENT_LIMIT)
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert_moved(optimizer, before)
+    assert all(value.isfinite().all() for value in content(optimizer).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, 2 * GRADIENT_LIMIT])
+def test_nonfinite_raise_names_the_tensor_and_changes_nothing(place, value):
+    params = place.params()
+    named = [(f"layer{i}", param) for i, param in enumerate(params)]
+    for given, name in ((params, "1 of group 0"), (named, "layer1")):
+        optimizer = place.hrnn(given, nonfinite="raise")
+        train(optimizer, 1)
+        params[1].grad[0] = value
+        before = content(optimizer)
+        with pytest.raises(RuntimeError, match=rf"gradient of parameter {name}, shape \(6,\), is not finite"):
+            optimizer.step()
+        assert_same(content(optimizer), before)
+        assert optimizer.skipped_steps == 0
+
+
+# Automatic mixed precision
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_found_inf_leaves_parameters_and_all_state_untouched(place, shape):
+    optimizer = place.hrnn(place.params())
+    train(optimizer, 2)
+    before = content(optimizer)
+    optimizer.found_inf = torch.ones(shape, device=place.device)
+    optimizer.grad_scale = None
+    optimizer.step()
+    assert_same(content(optimizer), before)
+    assert optimizer.skipped_steps == 1
+    assert (optimizer.found_inf == 1).all()
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert_moved(optimizer, before)
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_grad_scale_divides_the_gradients(place, shape, dtype):
+    scaled, plain = place.hrnn(place.params()), place.hrnn(place.params())
+    scaled.grad_scale = torch.full(shape, 1024.0, dtype=dtype, device=place.device)
+    scaled.found_inf = torch.zeros((), device=place.device)
+    for param in scaled.param_groups[0]["params"]:
+        param.grad *= 1024  # exact
+    for optimizer in (scaled, plain):
+        optimizer.step()
+    assert_same(content(scaled), content(plain))
+
+
+def test_the_limit_applies_to_unscaled_gradients(place):
+    optimizer = place.hrnn(place.params())
+    before = content(optimizer)
+    optimizer.grad_scale = torch.full((), 4.0, device=place.device)
+    optimizer.param_groups[0]["params"][0].grad[0, 0] = 2 * GRADIENT_LIMIT
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert_moved(optimizer, before)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradscaler_trains_as_without_and_skips_overflows(place, unscale):
+    def run(enabled: bool) -> tuple[HRNN, torch.amp.GradScaler]:
+        (param,), data = place.params((4, 3)), torch.ones(4, 3, device=place.device)
+        optimizer = place.hrnn([param])
+        scaler = torch.amp.GradScaler(place.device, init_scale=256.0, growth_interval=1000, enabled=enabled)
+        for step in range(6):
+            if step == 3 and not enabled:
+                continue
+            optimizer.zero_grad()
+            loss = (param * data).square().sum() * (math.inf if step == 3 else 1.0)
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_([param], 1e6)
+            scaler.step(optimizer)
+            scaler.update()
+        return optimizer, scaler
+
+    (with_scaler, scaler), (without, _) = run(True), run(False)
+    assert_same(content(with_scaler), content(without))
+    assert with_scaler.skipped_steps == 1
+    assert scaler.get_scale() == 128
+    assert not hasattr(with_scaler, "found_inf")
+    assert not hasattr(with_scaler, "grad_scale")
+
+
+def test_nonfinite_raise_leaves_overflows_to_the_gradscaler(place):
+    (param,) = place.params((4, 3))
+    optimizer, scaler = place.hrnn([param], nonfinite="raise"), torch.amp.GradScaler(place.device, init_scale=2.0)
+    scaler.scale((param * math.inf).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.skipped_steps == 1
+
+
+# torch.compile
+
+
+@pytest.mark.slow
+def test_a_compiled_step_equals_the_plain_one():
+    place = Place("reference", "cpu")
+    meta = MetaParams.init(HRNNConfig((4,), timescales=2, log_ms_features=False))
+    plain, compiled = (place.hrnn(place.params((3, 2), (3,)), meta=meta) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.compile imports parts of torch that warn of themselves
+        step = torch.compile(compiled.step, backend="eager")
+        for index in range(3):
+            train(plain, range(index, index + 1))
+            give_gradients(compiled.param_groups[0]["params"], index)
+            step()
+    assert_same(content(plain), content(compiled))
