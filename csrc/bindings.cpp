@@ -1,4 +1,4 @@
-// The Python face of lopt._C. It is compiled once for the baseline processor; hrnn_*.cpp is compiled once per instruction
+// The Python face of lopt._C: addresses of tensors in, nothing of torch. lopt/backends/cpu.py is the one caller. It is compiled once for the baseline processor; hrnn_*.cpp is compiled once per instruction
 // set, each in a namespace of that set's name. setup.py defines
 //     LOPT_FOR_EACH_ISA(X)   X(v2) X(v3) X(v4) on x86-64, X(generic) elsewhere; weakest first
 //     LOPT_VERSION           the package's version
@@ -6,14 +6,25 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
+
+#include "hrnn.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace py = pybind11;
+
+#define LOPT_DECLARE(isa)      \
+  namespace lopt::isa {        \
+  extern const Kernels kernels; \
+  }
+LOPT_FOR_EACH_ISA(LOPT_DECLARE)
+#undef LOPT_DECLARE
 
 // Whether this processor runs code compiled for `isa`.
 static bool runs(const char* isa) {
@@ -53,17 +64,149 @@ static py::dict compiled() {
   return result;
 }
 
-static std::string isa() {
-  const char* best = "";
-#define LOPT_TRY(isa) best = runs(#isa) ? #isa : best;
+struct Active {
+  std::string isa;
+  const lopt::Kernels* kernels = nullptr;
+};
+
+// The strongest instruction set that this processor runs, or the one named `name`.
+static Active strongest(const std::string& name) {
+  Active active;
+#define LOPT_TRY(isa) \
+  if (runs(#isa) && (name.empty() || name == #isa)) active = {#isa, &lopt::isa::kernels};
   LOPT_FOR_EACH_ISA(LOPT_TRY)
 #undef LOPT_TRY
-  return best;
+  if (!active.kernels) throw std::invalid_argument("instruction set '" + name + "' is not compiled in or not run by this processor");
+  return active;
+}
+
+static Active& active() {
+  static Active chosen = strongest("");
+  return chosen;
+}
+
+// Lists of equal length with one address, number or truth value per tensor. Read without conversions: there are a dozen per
+// step, and for a small model that is most of its time.
+class List {
+ public:
+  List() = default;
+  List(py::list list) : list_(list.ptr()), size_(PyList_GET_SIZE(list_)) {}
+  int size() const { return int(size_); }
+  int64_t number(int i) const {
+    const int64_t value = PyLong_AsLongLong(at(i));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  double real(int i) const {
+    const double value = PyFloat_AsDouble(at(i));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  // Null from an empty list: a kind of state that the configuration has not.
+  template <class T>
+  T* address(int i) const { return size_ ? reinterpret_cast<T*>(number(i)) : nullptr; }
+
+ private:
+  PyObject* at(int i) const {
+    if (i >= size_) throw std::out_of_range("a list has fewer entries than there are tensors");
+    return PyList_GET_ITEM(list_, i);
+  }
+  PyObject* list_ = nullptr;
+  Py_ssize_t size_ = 0;
+};
+
+namespace pybind11::detail {
+template <>
+struct type_caster<List> {
+  PYBIND11_TYPE_CASTER(List, const_name("list"));
+  bool load(handle source, bool) {
+    if (!PyList_Check(source.ptr())) return false;
+    value = List(reinterpret_borrow<list>(source));
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+template <class T>
+static T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
+
+static lopt::Meta pack(py::dict config, py::dict addresses) {
+  lopt::Config c;
+  c.tensor_size = config["tensor_size"].cast<int>();
+  c.global_size = config["global_size"].cast<int>();
+  c.attention = config["attention"].cast<bool>();
+  c.shortcut = config["shortcut"].cast<bool>();
+  c.products = config["products"].cast<bool>();
+  c.relative_to_problem = config["relative_to_problem"].cast<bool>();
+  c.global_last = config["global_last"].cast<bool>();
+  c.log_lr_min = config["log_lr_min"].cast<float>();
+  c.log_lr_max = config["log_lr_max"].cast<float>();
+  c.ms_eps = config["ms_eps"].cast<float>();
+  c.rms_eps = config["rms_eps"].cast<float>();
+  c.fixed_grad_decay = config["fixed_grad_decay"].cast<float>();
+  c.fixed_scale_decay = config["fixed_scale_decay"].cast<float>();
+  const auto find = [](const void* context, const char* name) -> const float* {
+    const auto& addresses = *static_cast<const py::dict*>(context);
+    return addresses.contains(name) ? pointer<const float>(addresses[name].cast<int64_t>()) : nullptr;
+  };
+  return lopt::pack(c, find, &addresses);
+}
+
+static void advance(const lopt::Meta& meta, List grads, List dtypes, List maximize, List n, List numel, List hidden, List accum,
+                    List ms, List log_lr, List step, List tensor_hidden, List log_lr_mean, int64_t global_hidden,
+                    int64_t grad_scale, int64_t skip, int64_t update, int64_t attention_update, int64_t sums, int threads) {
+  std::vector<lopt::AdvanceTensor> tensors(grads.size());
+  for (int i = 0; i < grads.size(); i++)
+    tensors[i] = {grads.address<const void>(i), lopt::Dtype(dtypes.number(i)), maximize.number(i) ? -1.f : 1.f,
+                  n.number(i), numel.number(i), hidden.address<float>(i), accum.address<float>(i), ms.address<float>(i),
+                  log_lr.address<float>(i), step.address<const float>(i), tensor_hidden.address<const float>(i),
+                  log_lr_mean.address<const float>(i)};
+  const lopt::Advance args{&meta, tensors.data(), grads.size(), pointer<const float>(global_hidden),
+                           pointer<const float>(grad_scale), pointer<float>(skip), pointer<float>(update),
+                           pointer<float>(attention_update), pointer<float>(sums), threads};
+  const py::gil_scoped_release release;
+  active().kernels->advance(args);
+}
+
+static void summarise(const lopt::Meta& meta, List numel, List tensor_hidden, List log_lr_mean, List step,
+                      int64_t global_hidden, int64_t sums, int64_t skip, int64_t scale) {
+  std::vector<lopt::SummariseTensor> tensors(numel.size());
+  for (int i = 0; i < numel.size(); i++)
+    tensors[i] = {numel.number(i), tensor_hidden.address<float>(i), log_lr_mean.address<float>(i), step.address<float>(i)};
+  const lopt::Summarise args{&meta, pointer<const float>(sums), tensors.data(), numel.size(), pointer<float>(global_hidden),
+                             pointer<const float>(skip), pointer<float>(scale)};
+  const py::gil_scoped_release release;
+  active().kernels->summarise(args);
+}
+
+static void apply(List params, List dtypes, List n, List true_param, List log_lr_mean, List lr, List weight_decay,
+                  int64_t update, int64_t attention_update, int64_t scale, int64_t skip, int threads) {
+  std::vector<lopt::ApplyTensor> tensors(params.size());
+  for (int i = 0; i < params.size(); i++)
+    tensors[i] = {params.address<void>(i), lopt::Dtype(dtypes.number(i)), n.number(i), true_param.address<float>(i),
+                  log_lr_mean.address<const float>(i), float(lr.real(i)), float(weight_decay.real(i))};
+  const lopt::Apply args{tensors.data(), params.size(), pointer<const float>(update), pointer<const float>(attention_update),
+                         pointer<const float>(scale), pointer<const float>(skip), threads};
+  const py::gil_scoped_release release;
+  active().kernels->apply(args);
+}
+
+static void map(const std::string& function, int64_t from, int64_t to, int64_t n) {
+  if (!active().kernels->map(function.c_str(), pointer<const float>(from), pointer<float>(to), n))
+    throw std::invalid_argument("no function '" + function + "' to test");
 }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lopt: raw pointers in, nothing of torch.";
   m.attr("__version__") = LOPT_VERSION;
   m.def("compiled", &compiled, "How this module was built: compiler, isas (weakest first), openmp, cuda (archs or None).");
-  m.def("isa", &isa, "The instruction set whose code runs on this processor.");
+  m.def("isa", [] { return active().isa; }, "The instruction set whose code runs: the strongest of this processor.");
+  m.def("use_isa", [](const std::string& isa) { active() = strongest(isa); }, py::arg("isa"),
+        "Run the code of another instruction set; '' returns to the strongest. Raises ValueError where it cannot run.");
+  py::class_<lopt::Meta>(m, "Meta", "Meta-parameters, packed for the CPU kernels.");
+  m.def("pack", &pack, py::arg("config"), py::arg("addresses"), "Options and named addresses of float arrays -> Meta.");
+  m.def("advance", &advance, "Stage 1, see lopt/backends/cpu.py.");
+  m.def("summarise", &summarise, "Stage 2.");
+  m.def("apply", &apply, "Stage 3.");
+  m.def("map", &map, "A function of csrc/simd.h over an array of floats, for tests.");
 }

@@ -30,6 +30,7 @@ class Backend(NamedTuple):
 BACKENDS = {
     "cuda": Backend(None, "cuda"),
     "triton": Backend(None, "cuda"),
+    "cpu": Backend("lopt.backends.cpu", "cpu"),
     "reference": Backend("lopt.backends.reference", "*"),
 }  # fastest first
 

@@ -1,0 +1,238 @@
+"""The fused CPU kernels: the three stages of lopt/backends/reference.py in C++.
+
+The arithmetic is in csrc/hrnn_step.h, compiled for several instruction sets; the environment variable LOPT_ISA, on x86-64
+v2, v3 or v4, takes another than the strongest. This file hands addresses of tensors to it. A step allocates nothing per
+parameter: a gradient or parameter that lies in another memory order than its state is copied, others are read and written
+in place. Results do not depend on the number of threads.
+
+Tests: tests/backends/test_cpu.py, tests/csrc/test_simd.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt import native
+from lopt.backends import ops
+from lopt.config import FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, HRNNConfig
+from lopt.metaparams import MetaParams
+from lopt.state import strides
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Dtype in csrc/hrnn.h
+NEEDED = {
+    "timescales": 4,
+    "log_ms_features": True,
+    "extreme_indicator": False,
+    "lr_shortcut": False,
+    "multiple_scale_decays": False,
+    "dynamic_output_scale": True,
+}  # what the kernels are written for; other options may have any value
+HIDDEN_SIZE = 10
+
+_address = Tensor.data_ptr
+
+
+@functools.cache
+def unusable() -> str | None:
+    """Why this backend cannot run on this machine; None: it can."""
+    if reason := native.absent():
+        return reason
+    try:
+        native.load().use_isa(os.environ.get("LOPT_ISA", ""))
+    except ValueError as error:
+        return f"LOPT_ISA: {error}. Unset it, or set it to one of {', '.join(native.load().compiled()['isas'])}"
+    return None
+
+
+def unsupported(config: HRNNConfig) -> str | None:
+    """Why this backend cannot run a configuration; None: it can."""
+    obstacles = [f"{name}={getattr(config, name)!r} instead of {value!r}" for name, value in NEEDED.items()
+                 if getattr(config, name) != value]
+    if config.hidden_size != HIDDEN_SIZE:
+        obstacles.insert(0, f"level_sizes[0]={config.hidden_size} instead of {HIDDEN_SIZE}")
+    if config.relative_log_lr is None:
+        obstacles.append("relative_log_lr=None instead of 'problem' or 'tensor'")
+    return f"its kernels do not do {', '.join(obstacles)}" if obstacles else None
+
+
+_packed: dict[int, tuple[weakref.ref[MetaParams], Any]] = {}
+
+
+def _pack(meta: MetaParams) -> Any:
+    """Meta-parameters in the kernels' layout, computed once for as long as `meta` lives."""
+    key = id(meta)
+    if key in _packed:
+        return _packed[key][1]
+    config = meta.config
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in meta.items()}
+    options = {
+        "tensor_size": config.tensor_size,
+        "global_size": config.global_size,
+        "attention": config.attention,
+        "shortcut": config.gradient_shortcut,
+        "products": config.gradient_products,
+        "relative_to_problem": config.relative_log_lr == "problem",
+        "global_last": config.global_input == "last",
+        "log_lr_min": config.log_lr_min,
+        "log_lr_max": config.log_lr_max,
+        "ms_eps": config.ms_eps,
+        "rms_eps": config.rms_eps,
+        "fixed_grad_decay": FIXED_GRAD_DECAY,
+        "fixed_scale_decay": FIXED_SCALE_DECAY,
+    }
+    packed = native.load().pack(options, {name: tensor.data_ptr() for name, tensor in tensors.items()})
+    _packed[key] = weakref.ref(meta, lambda _: _packed.pop(key, None)), packed
+    return packed
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(_address, tensors))
+
+
+def _ordered(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`tensors`, those copied that do not lie in memory like their counterparts, or are of a dtype without a kernel."""
+    ordered = list(tensors)
+    for index, (tensor, order) in enumerate(zip(tensors, like, strict=True)):
+        if tensor.stride() != order.stride() or tensor.dtype not in DTYPES:
+            dtype = tensor.dtype if tensor.dtype in DTYPES else torch.float32
+            ordered[index] = torch.empty_strided(order.shape, order.stride(), dtype=dtype).copy_(tensor)
+    return ordered
+
+
+def _dense(param: Tensor) -> Tensor:
+    """`param`, copied to a dense tensor of the memory order of its state if it has gaps or a dtype without a kernel."""
+    if param.dtype in DTYPES and (param.is_contiguous() or strides(param, None) == param.stride()):
+        return param
+    return torch.empty_like(param, dtype=param.dtype if param.dtype in DTYPES else torch.float32).copy_(param)
+
+
+def advance(
+    meta: MetaParams,
+    grads: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    accum: Sequence[Tensor],
+    ms: Sequence[Tensor],
+    log_lr: Sequence[Tensor],
+    step: Sequence[Tensor],
+    tensor_hidden: Sequence[Tensor],
+    global_hidden: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    *,
+    numel: Sequence[int],
+    maximize: Sequence[bool],
+    grad_scale: Tensor | None,
+    skip: Tensor,
+    update: Tensor,
+    attention_update: Tensor | None,
+    sums: Tensor,
+) -> None:
+    """Stage 1, per parameter; see `lopt.backends.reference.advance`."""
+    if torch.compiler.is_compiling():
+        ops.advance(
+            meta, grads, hidden, accum, ms, log_lr, step, tensor_hidden, global_hidden, log_lr_mean,
+            numel=numel, maximize=maximize, grad_scale=grad_scale, skip=skip, update=update,
+            attention_update=attention_update, sums=sums)
+        return
+    grads = _ordered(grads, log_lr)
+    native.load().advance(
+        _pack(meta),
+        _addresses(grads),
+        [DTYPES[grad.dtype] for grad in grads],
+        list(maximize),
+        list(map(Tensor.numel, grads)),
+        list(numel),
+        _addresses(hidden),
+        _addresses(accum),
+        _addresses(ms),
+        _addresses(log_lr),
+        _addresses(step),
+        _addresses(tensor_hidden),
+        _addresses(log_lr_mean),
+        global_hidden.data_ptr(),
+        0 if grad_scale is None else grad_scale.data_ptr(),
+        skip.data_ptr(),
+        update.data_ptr(),
+        0 if attention_update is None else attention_update.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def summarise(
+    meta: MetaParams,
+    sums: Tensor,
+    tensor_hidden: Sequence[Tensor],
+    global_hidden: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    step: Sequence[Tensor],
+    *,
+    numel: Sequence[int],
+    skip: Tensor,
+    scale: Tensor,
+) -> None:
+    """Stage 2, per tensor and once; see `lopt.backends.reference.summarise`."""
+    if torch.compiler.is_compiling():
+        ops.summarise(
+            meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
+        return
+    native.load().summarise(
+        _pack(meta),
+        list(numel),
+        _addresses(tensor_hidden),
+        _addresses(log_lr_mean),
+        _addresses(step),
+        global_hidden.data_ptr(),
+        sums.data_ptr(),
+        skip.data_ptr(),
+        scale.data_ptr(),
+    )
+
+
+def apply(
+    meta: MetaParams,
+    params: Sequence[Tensor],
+    true_param: Sequence[Tensor],
+    update: Tensor,
+    attention_update: Tensor | None,
+    scale: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    *,
+    lr: Sequence[float | Tensor] | Tensor,
+    weight_decay: Sequence[float],
+    skip: Tensor,
+) -> None:
+    """Stage 3, per parameter; see `lopt.backends.reference.apply`. As an operator's kernel it gets `lr` as one tensor."""
+    if torch.compiler.is_compiling():
+        ops.apply(
+            meta, params, true_param, update, attention_update, scale, log_lr_mean, lr=lr, weight_decay=weight_decay,
+            skip=skip)
+        return
+    ordered = [_dense(param) for param in params]
+    native.load().apply(
+        _addresses(ordered),
+        [DTYPES[param.dtype] for param in ordered],
+        list(map(Tensor.numel, ordered)),
+        _addresses(true_param),
+        _addresses(log_lr_mean),
+        lr.tolist() if isinstance(lr, Tensor) else list(map(float, lr)),
+        list(weight_decay),
+        update.data_ptr(),
+        0 if attention_update is None else attention_update.data_ptr(),
+        scale.data_ptr(),
+        skip.data_ptr(),
+        torch.get_num_threads(),
+    )
+    for param, copy in zip(params, ordered, strict=True):
+        if copy is not param:
+            param.copy_(copy)
+
+
+if native.absent() is None:
+    ops.implement("CPU", advance=advance, summarise=summarise, apply=apply)
