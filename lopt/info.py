@@ -13,7 +13,7 @@ import torch
 import lopt
 from lopt import backends, native
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors")
+PACKAGES = ("triton", "numpy", "safetensors")
 DEVICES = ("cpu", "cuda")
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -51,6 +51,7 @@ def versions() -> Rows:
     rows = [
         ("lopt", f"{lopt.__version__} from {native.FOLDER}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", torch.__version__),
     ]
     for name in PACKAGES:
         try:
