@@ -281,7 +281,7 @@ def _write_config(config: Config, folder: Path) -> None:
     try:
         config.save(folder / "config.json")
     except OSError as error:
-        raise TrainError(f"run folder {str(folder)!r} cannot be written ({error}): choose another --out") from error
+        raise TrainError(f"run folder {str(folder)!r} cannot be written ({error}): make it writable, or choose another") from error
 
 
 def _announce(training: Training, folder: Path) -> None:

@@ -260,6 +260,7 @@ class Training:
             self.model.train()
             clock = shown = saved = time.perf_counter()
             save_cost = 0.0
+            saved_steps = (self.step, self.row_step) if path.exists() else None
             while True:
                 if self._row_due():
                     loss, accuracy = self._finite_means(folder)
@@ -274,12 +275,13 @@ class Training:
                         test_text = f", test {100 * test[1]:.1f} %" if isinstance(test[1], float) else test_text
                     clock = time.perf_counter()
                 ending = self.step >= config.steps or stop.received is not None
-                if ending or self._save_due(time.perf_counter() - saved, save_cost):
+                due = ending or self._save_due(time.perf_counter() - saved, save_cost)
+                if due and saved_steps != (self.step, self.row_step):
                     self._finite_means(folder)
                     before = time.perf_counter()
                     self.seconds = before - started
                     self._save(path)
-                    saved = time.perf_counter()
+                    saved, saved_steps = time.perf_counter(), (self.step, self.row_step)
                     save_cost = saved - before
                     clock += save_cost
                 if ending:
