@@ -7,6 +7,7 @@ Every backend is a module with the three stages `advance`, `summarise` and `appl
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,10 +30,13 @@ class Backend(NamedTuple):
 
 BACKENDS = {
     "cuda": Backend(None, "cuda"),
-    "triton": Backend(None, "cuda"),
+    "triton": Backend("lopt.backends.triton", "cuda"),
     "cpu": Backend("lopt.backends.cpu", "cpu"),
     "reference": Backend("lopt.backends.reference", "*"),
 }  # fastest first
+if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's kernels then run, slowly, on the CPU: for tests, never chosen unasked
+    del BACKENDS["triton"]
+    BACKENDS["triton"] = Backend("lopt.backends.triton", "cpu")
 
 
 def _module(name: str) -> ModuleType:

@@ -1,0 +1,471 @@
+"""The three stages as launches of the Triton kernels in kernels/hrnn.py, on a GPU.
+
+A stage of the contract (see lopt.backends.reference) is one launch, `advance` two: four launches a step however many
+tensors there are. What a launch needs from one step to the next, packed meta-parameters, tables of addresses and scratch
+memory, is kept with the buffer that the stage writes (`sums`, `scale`, `update`) and freed with it. Tables are compared on
+the host with what they have to hold and sent again where an address changed, as gradients' do, without synchronisation.
+
+With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in Triton's interpreter, slowly, on
+CPU tensors: that is how tests/kernels/test_hrnn.py checks them without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lopt.backends.reference import sums_columns
+from lopt.config import DIRECTION_EPS, FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, GRADIENT_LIMIT, HRNNConfig
+from lopt.metaparams import MetaParams
+from lopt.state import strides
+
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in lopt.kernels.hrnn
+MIXED = 4
+
+BLOCK, WARPS = 256, 4  # parameters of a tile of `advance`; its warps
+STREAM_BLOCK, STREAM_WARPS = 1024, 4  # of the kernels that only pass over memory
+TILES = 8, 64  # fewest and most tiles in a chunk: enough to pay for adding up its sums, and not too many partial sums
+CHUNKS_PER_TENSOR = 2048  # beyond which chunks grow
+
+LOG2_E = 1 / math.log(2)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unusable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install lopt[triton]"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip is not None or major < 7:
+        return f"it is written for Nvidia GPUs of compute capability 7.0 or later, and this is {torch.cuda.get_device_name()} " \
+               f"({major}.{minor})"
+    return None
+
+
+def unsupported(config: HRNNConfig) -> str | None:
+    """Why this backend cannot run a configuration, or None."""
+    fixed = {
+        "level_sizes[0]": (config.hidden_size, 10), "timescales": (config.timescales, 4), "log_ms_features": (config.log_ms_features, True),
+        "dynamic_output_scale": (config.dynamic_output_scale, True), "extreme_indicator": (config.extreme_indicator, False),
+        "lr_shortcut": (config.lr_shortcut, False), "multiple_scale_decays": (config.multiple_scale_decays, False),
+    }
+    if wrong := [f"{name}={found}" for name, (found, needed) in fixed.items() if found != needed]:
+        return f"its kernels are not written for {', '.join(wrong)}"
+    if config.relative_log_lr is None:
+        return "its kernels are not written for relative_log_lr=None"
+    if max(config.level_sizes) > 1024:
+        return f"its kernels are not written for more than 1024 hidden units, and level_sizes={config.level_sizes}"
+    return None
+
+
+class Packed:
+    """Meta-parameters as the kernels read them.
+
+    Attributes:
+        weights: [720] of the parameter level, see lopt.kernels.hrnn.
+        bias: [32], from_tensor: [H1, 32], from_global: [H2, 32]: what is injected into the parameter level.
+        levels: the tensor and the global GRU, in the order of `MetaParams.flat`.
+    """
+
+    def __init__(self, meta: MetaParams, device: torch.device) -> None:
+        config = meta.config
+        values = {name: tensor.detach().to(device="cpu", dtype=torch.float64).numpy() for name, tensor in meta.items()}
+        gates, candidate = (self._reorder(config, values[f"level0.{part}.weight"]) for part in ("gates", "candidate"))
+        reset, update = gates[:, :10] * -LOG2_E, gates[:, 10:] * -LOG2_E
+        candidate = candidate * (-2 * LOG2_E)
+
+        def sigmoid_readout(name: str, fixed: float) -> tuple[np.ndarray, float]:
+            if f"{name}.weight" in values:
+                return values[f"{name}.weight"] * -LOG2_E, float(values[f"{name}.bias"]) * -LOG2_E
+            return np.zeros(10), math.log(fixed / (1 - fixed)) * -LOG2_E
+
+        grad_decay, grad_decay_bias = sigmoid_readout("grad_decay", FIXED_GRAD_DECAY)
+        scale_decay, scale_decay_bias = sigmoid_readout("scale_decay", FIXED_SCALE_DECAY)
+        offset = float(values["log_step.offset"])
+        zeros, no_shortcut = np.zeros(10), np.zeros(4)
+        parts = [
+            np.pad(reset, ((0, 1), (0, 0))).reshape(22, 5, 2).transpose(1, 0, 2),
+            np.concatenate([update.reshape(21, 5, 2), candidate.reshape(21, 5, 2)], 2).transpose(1, 0, 2),
+            np.stack([values["direction.weight"], values["log_lr.weight"], values.get("attention.weight", zeros), zeros], 1),
+            np.stack([grad_decay, scale_decay], 1), 
+            values.get("direction.shortcut", no_shortcut), values.get("attention.shortcut", no_shortcut),
+            np.array([grad_decay_bias, scale_decay_bias, float(values["log_lr.bias"]),
+                      1 / (1 + math.exp(-float(values["log_lr.momentum"]))),
+                      offset * LOG2_E, math.exp(-offset), config.ms_eps, config.rms_eps, config.log_lr_min, config.log_lr_max, 0, 0]),
+        ]
+        self.weights = self._send(np.concatenate([part.reshape(-1) for part in parts]), device)
+        bias = np.concatenate([values["level0.gates.bias"], values["level0.candidate.bias"]])
+        injections = []
+        for level, size in ((1, config.tensor_size), (2, config.global_size)):
+            name = f"level0.from_level{level}"
+            if size:
+                bias = bias + values[f"{name}.bias"]
+            injections.append(self._inject(values[f"{name}.weight"] if size else np.zeros((1, 30))))
+        self.bias = self._send(self._inject(bias[None]), device)
+        self.from_tensor, self.from_global = (self._send(injection, device) for injection in injections)
+        levels = [value.reshape(-1) for name, value in values.items() if name.startswith(("level1.", "level2."))
+                  and not name.endswith(".init")]
+        self.levels = self._send(np.concatenate([*levels, np.zeros(1)]), device)
+
+    @staticmethod
+    def _send(values: np.ndarray, device: torch.device) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+
+    @staticmethod
+    def _reorder(config: HRNNConfig, weight: np.ndarray) -> np.ndarray:
+        """Rows of a weight of the parameter GRU, features first, as the kernel has its inputs: [21, outputs]."""
+        scaled, rest = weight[:4], weight[4:]
+        products, rest = (rest[:3], rest[3:]) if config.gradient_products else (np.zeros((3, weight.shape[1])), rest)
+        log_ms, relative_log_lr, hidden = rest[:4], rest[4:5], rest[5:]
+        # The log mean squares sum to 0 over the timescales: relative to the last one's they are one fewer.
+        log_ms = (log_ms - log_ms.mean(0))[:3] * (-2 * math.log(2))
+        return np.concatenate([hidden, scaled, log_ms, relative_log_lr, products])
+
+    @staticmethod
+    def _inject(rows: np.ndarray) -> np.ndarray:
+        """Columns reset | update | candidate, 10 each, in the order and scale of lopt.kernels.hrnn.BIAS: [rows, 32]."""
+        reset, update, candidate = (rows[:, begin : begin + 10] for begin in (0, 10, 20))
+        pairs = np.concatenate([update.reshape(-1, 5, 2) * -LOG2_E, candidate.reshape(-1, 5, 2) * (-2 * LOG2_E)], 2)
+        return np.concatenate([reset * -LOG2_E, np.zeros((len(rows), 2)), pairs.reshape(len(rows), 20)], 1)
+
+
+class Table:
+    """int64 [columns, tensors] in device memory that follows lists on the host.
+
+    In CUDA graph capture nothing is allocated: a table that is right already is left to the graph, one that is not goes
+    into spare memory with a copy that the graph repeats. Either way later steps outside of the graph do not touch it.
+    """
+
+    SPARES = 2
+
+    def __init__(self, columns: int, tensors: int, device: torch.device) -> None:
+        self._columns: list[list[int] | None] = [None] * columns
+        self._host = np.zeros((columns, tensors), dtype=np.int64)
+        self._device = device
+        self._table = torch.empty(columns, tensors, dtype=torch.int64, device=device)
+        self._valid = False  # the device has what the host has
+        self._of_graph = False  # the table belongs to a captured graph
+        self._spares: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[Tensor] = []  # graphs read them
+
+    def follow(self, columns: dict[int, list[int]]) -> Tensor:
+        """The table, holding `columns` and what it was given for the others before.
+
+        Raises:
+            RuntimeError: under graph capture, more tables changed since the last ordinary step than there are spares.
+        """
+        for index, values in columns.items():
+            if self._columns[index] != values:
+                self._columns[index] = values
+                self._host[index] = values
+                self._valid = False
+        if self._device.type != "cuda":
+            if not self._valid:
+                self._table.copy_(torch.from_numpy(self._host))
+                self._valid = True
+            return self._table
+        if torch.cuda.is_current_stream_capturing():
+            if not self._valid:
+                self._send_in_capture()
+            self._of_graph = True
+            return self._table
+        if not self._valid:
+            if self._of_graph:
+                self._kept.append(self._table)
+                self._table, self._of_graph = torch.empty_like(self._table), False
+            # From pinned memory of torch's cache, which it takes back when the copy is done.
+            self._table.copy_(torch.from_numpy(self._host).pin_memory(), non_blocking=True)
+            self._valid = True
+        while len(self._spares) < self.SPARES:
+            self._spares.append((torch.empty(self._host.shape, dtype=torch.int64, pin_memory=True), torch.empty_like(self._table)))
+        return self._table
+
+    def _send_in_capture(self) -> None:
+        if not self._spares:
+            raise RuntimeError("addresses of parameters, gradients or state changed in every one of several graph captures in a "
+                               "row: run one ordinary optimizer step between captures")
+        host, table = self._spares.pop()
+        host.numpy()[:] = self._host
+        table.copy_(host, non_blocking=True)
+        self._kept += [self._table, host]
+        self._table = table  # has its values when the graph runs: not valid outside of it
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _is(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _same_order(tensor: Tensor, order: Sequence[int]) -> bool:
+    """Whether a tensor lies in memory like one with strides `order`."""
+    found = tensor.stride()
+    return found == order or all(
+        a == b or size == 1 for a, b, size in zip(found, order, tensor.shape, strict=True))
+
+
+def _kind(tensor: Tensor, what: str) -> int:
+    kind = KINDS.get(tensor.dtype)
+    if kind is None:
+        raise TypeError(f"a {what} has dtype {tensor.dtype}; the Triton backend takes {', '.join(map(str, KINDS))}: "
+                        f"use backend='reference'")
+    return kind
+
+
+def _one_kind(kinds: Sequence[int]) -> int:
+    return kinds[0] if len(set(kinds)) == 1 else MIXED
+
+
+def _bits(values: Sequence[float]) -> list[int]:
+    return np.asarray(values, dtype=np.float64).view(np.int64).tolist()
+
+
+class Chunks:
+    """How tensors are cut for the programs of a launch.
+
+    Attributes:
+        sizes: parameters of a chunk of each tensor; counts: chunks of each; firsts: the first one's index.
+        offsets: of each tensor in the flat updates.
+        of: int32 [total], the tensor of each chunk.
+    """
+
+    def __init__(self, numels: Sequence[int], device: torch.device) -> None:
+        least, most = TILES
+        tiles = [min(max(-(-n // (BLOCK * CHUNKS_PER_TENSOR)), least), most) for n in numels]
+        self.sizes = [BLOCK * count for count in tiles]
+        self.counts = [-(-n // size) for n, size in zip(numels, self.sizes, strict=True)]
+        self.firsts = list(itertools.accumulate(self.counts, initial=0))[:-1]
+        self.offsets = list(itertools.accumulate(numels, initial=0))[:-1]
+        self.total = sum(self.counts)
+        self.of = torch.from_numpy(np.repeat(np.arange(len(numels), dtype=np.int32), self.counts)).to(device)
+
+
+class Advance:
+    """What `advance` keeps between steps over tensors of the same sizes."""
+
+    def __init__(self, meta: MetaParams, hidden: Sequence[Tensor], sizes: list[int]) -> None:
+        from lopt.kernels import hrnn as kernels
+
+        device, tensors = hidden[0].device, len(hidden)
+        self.kernels, self.meta, self.sizes, self.tensors = kernels, meta, sizes, tensors
+        self.packed = Packed(meta, device)
+        self.chunks = Chunks(sizes, device)
+        self.table = Table(kernels.ADVANCE_COLUMNS.value, tensors, device)
+        self.table.follow({
+            kernels.SIZE.value: sizes, kernels.OFFSET.value: self.chunks.offsets, kernels.CHUNK_FIRST.value: self.chunks.firsts,
+            kernels.CHUNK_COUNT.value: self.chunks.counts, kernels.CHUNK_SIZE.value: self.chunks.sizes})
+        self.shared = torch.zeros(tensors, kernels.SHARED.value, device=device)
+        self.partials = torch.empty(self.chunks.total, kernels.PARTIALS.value, device=device)
+        self.tickets = torch.zeros(tensors, dtype=torch.int32, device=device)
+        self.one = torch.ones((), device=device)
+        self.state: list[Tensor] = []
+        self.grads: list[Tensor] = []
+
+    def run(
+        self, grads: Sequence[Tensor], hidden: Sequence[Tensor], state: dict[int, Sequence[Tensor]], global_hidden: Tensor,
+        numel: list[int], maximize: Sequence[bool], grad_scale: Tensor | None, skip: Tensor, update: Tensor,
+        attention_update: Tensor | None, sums: Tensor
+    ) -> None:
+        kernels, config, table = self.kernels, self.meta.config, self.table
+        flat_state = [tensor for column in state.values() for tensor in column]
+        columns = {kernels.SIGN.value: [-1 if climb else 1 for climb in maximize], kernels.NUMEL.value: numel}
+        if not _is(flat_state, self.state):
+            columns |= {index: _addresses(column) for index, column in state.items()}
+            self.state = flat_state
+        grads = [grad if _same_order(grad, row.stride()[1:]) else torch.empty_strided(
+            grad.shape, row.stride()[1:], dtype=grad.dtype, device=grad.device).copy_(grad)
+            for grad, row in zip(grads, hidden, strict=True)]
+        kinds = [_kind(grad, "gradient") for grad in grads]
+        columns |= {kernels.GRAD.value: _addresses(grads), kernels.GRAD_KIND.value: kinds}
+        values, kind = table.follow(columns), _one_kind(kinds)
+        scale = self.one if grad_scale is None else grad_scale.to(torch.float32)
+        attention = update if attention_update is None else attention_update
+        packed, chunks = self.packed, self.chunks
+        kernels.prepare[(self.tensors + chunks.total,)](
+            values, self.tensors, chunks.of, self.shared, packed.bias, packed.from_tensor, packed.from_global, global_hidden, skip,
+            scale, LIMIT=GRADIENT_LIMIT, TENSOR_SIZE=config.tensor_size, GLOBAL_SIZE=config.global_size,
+            PROBLEM=config.relative_log_lr == "problem", KIND=kind, BLOCK=STREAM_BLOCK, num_warps=STREAM_WARPS)
+        count = kernels.ROWS if config.gradient_products else kernels.ROWS_WITHOUT_PRODUCTS
+        kernels.advance[(chunks.total,)](
+            values, self.tensors, chunks.of, packed.weights, self.shared, skip, scale, update, attention, self.partials,
+            self.tickets, sums, KIND=kind, ATTENTION=int(config.attention), GRADIENT_SHORTCUT=config.gradient_shortcut,
+            COUNT=count.value, BLOCK=BLOCK, THREADS=BLOCK if interpreted() else 32 * WARPS, num_warps=WARPS, enable_fp_fusion=True)
+
+
+class Summarise:
+    """What `summarise` keeps between steps over the same number of tensors."""
+
+    def __init__(self, meta: MetaParams, sums: Tensor) -> None:
+        from lopt.kernels import hrnn as kernels
+
+        config, device, tensors = meta.config, sums.device, len(sums)
+        self.kernels, self.meta, self.tensors = kernels, meta, tensors
+        self.packed = Packed(meta, device)
+        widest = max(config.tensor_input_size, config.tensor_size, config.global_size)
+        self.width = 1 << (widest - 1).bit_length()
+        self.table = Table(kernels.SUMMARY_COLUMNS.value, tensors, device)
+        self.scratch = torch.empty(tensors, 2, self.width, device=device)
+        self.ticket = torch.zeros((), dtype=torch.int32, device=device)
+        self.state: list[Tensor] = []
+
+    def run(
+        self, sums: Tensor, state: dict[int, Sequence[Tensor]], global_hidden: Tensor, numel: list[int], skip: Tensor, scale: Tensor
+    ) -> None:
+        kernels, config = self.kernels, self.meta.config
+        flat_state = [tensor for column in state.values() for tensor in column]
+        columns = {kernels.SUMMARY_NUMEL.value: numel}
+        if not _is(flat_state, self.state):
+            columns |= {index: _addresses(column) for index, column in state.items()}
+            self.state = flat_state
+        indices = sums_columns(config)
+        kernels.summarise[(self.tensors,)](
+            self.table.follow(columns), self.tensors, sums, self.packed.levels, global_hidden, skip, scale, self.scratch, self.ticket,
+            EPS=DIRECTION_EPS, INPUTS=config.tensor_input_size, COLUMNS=indices.count, SQUARES=indices.direction,
+            ATTENTION=int(config.attention), TENSOR_SIZE=config.tensor_size, GLOBAL_SIZE=config.global_size,
+            LAST=config.global_input == "last", WIDTH=self.width, num_warps=4)
+
+
+class Apply:
+    """What `apply` keeps between steps over tensors of the same sizes."""
+
+    def __init__(self, params: Sequence[Tensor], sizes: list[int]) -> None:
+        from lopt.kernels import hrnn as kernels
+
+        device = params[0].device
+        self.kernels, self.sizes, self.tensors = kernels, sizes, len(params)
+        self.chunks = Chunks(sizes, device)
+        self.table = Table(kernels.APPLY_COLUMNS.value, len(params), device)
+        self.table.follow({
+            kernels.PARAM_SIZE.value: sizes, kernels.PARAM_OFFSET.value: self.chunks.offsets,
+            kernels.PARAM_CHUNK_FIRST.value: self.chunks.firsts, kernels.PARAM_CHUNK_SIZE.value: self.chunks.sizes})
+
+    def run(
+        self, params: Sequence[Tensor], true_param: Sequence[Tensor], update: Tensor, attention_update: Tensor | None, scale: Tensor,
+        log_lr_mean: Sequence[Tensor], lr: Sequence[float | Tensor], weight_decay: Sequence[float], skip: Tensor
+    ) -> None:
+        kernels = self.kernels
+        compact = [param if param.is_contiguous() or param.stride() == strides(param, None) else param.contiguous()
+                   for param in params]
+        kinds = [_kind(param, "parameter") for param in params]
+        on_device = [isinstance(value, Tensor) and value.device == update.device for value in lr]
+        numbers = _bits([0.0 if there else float(value) for value, there in zip(lr, on_device, strict=True)])
+        values = self.table.follow({
+            kernels.PARAM.value: _addresses(compact), kernels.PARAM_KIND.value: kinds,
+            kernels.TRUE_PARAM.value: _addresses(true_param) or [0] * self.tensors,
+            kernels.PARAM_LOG_LR_MEAN.value: _addresses(log_lr_mean), kernels.WEIGHT_DECAY.value: _bits(weight_decay),
+            kernels.LR.value: [value.data_ptr() if there else number  # type: ignore[union-attr]
+                               for value, number, there in zip(lr, numbers, on_device, strict=True)],
+            kernels.LR_KIND.value: [_kind(value, "tensor lr") if there else -1  # type: ignore[arg-type]
+                                    for value, there in zip(lr, on_device, strict=True)]})
+        attention = update if attention_update is None else attention_update
+        kernels.apply[(self.chunks.total,)](
+            values, self.tensors, self.chunks.of, update, attention, scale, skip, KIND=_one_kind(kinds),
+            ATTENTION=int(attention_update is not None), BLOCK=STREAM_BLOCK, num_warps=STREAM_WARPS)
+        for param, moved in zip(params, compact, strict=True):
+            if moved is not param:
+                param.copy_(moved)
+
+
+_kept = WeakTensorKeyDictionary()  # buffer of a stage -> Advance, Summarise or Apply
+Kept = TypeVar("Kept", Advance, Summarise, Apply)
+
+
+def _keep(buffer: Tensor, fits: Callable[[Any], bool], make: Callable[[], Kept]) -> Kept:
+    kept = _kept.get(buffer)
+    if kept is None or not fits(kept):
+        kept = _kept[buffer] = make()
+    return kept
+
+
+@torch.no_grad()
+def advance(
+    meta: MetaParams,
+    grads: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    accum: Sequence[Tensor],
+    ms: Sequence[Tensor],
+    log_lr: Sequence[Tensor],
+    step: Sequence[Tensor],
+    tensor_hidden: Sequence[Tensor],
+    global_hidden: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    *,
+    numel: list[int],
+    maximize: Sequence[bool],
+    grad_scale: Tensor | None,
+    skip: Tensor,
+    update: Tensor,
+    attention_update: Tensor | None,
+    sums: Tensor,
+) -> None:
+    """Stage 1, see lopt.backends.reference.advance. `skip` becomes 1 at a non-finite gradient unless it is not 0 already."""
+    sizes = [grad.numel() for grad in grads]
+    kept = _keep(sums, lambda kept: kept.meta is meta and kept.sizes == sizes, lambda: Advance(meta, hidden, sizes))
+    kernels = kept.kernels
+    state = {
+        kernels.HIDDEN_STATE.value: hidden, kernels.ACCUM.value: accum, kernels.MS.value: ms, kernels.LOG_LR.value: log_lr,
+        kernels.STEP.value: step, kernels.TENSOR_HIDDEN.value: tensor_hidden or step, kernels.LOG_LR_MEAN.value: log_lr_mean}
+    with torch.cuda.device_of(sums):
+        kept.run(grads, hidden, state, global_hidden, numel, maximize, grad_scale, skip, update, attention_update, sums)
+
+
+@torch.no_grad()
+def summarise(
+    meta: MetaParams,
+    sums: Tensor,
+    tensor_hidden: Sequence[Tensor],
+    global_hidden: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    step: Sequence[Tensor],
+    *,
+    numel: list[int],
+    skip: Tensor,
+    scale: Tensor,
+) -> None:
+    """Stage 2, see lopt.backends.reference.summarise."""
+    kept = _keep(scale, lambda kept: kept.meta is meta and kept.tensors == len(sums), lambda: Summarise(meta, sums))
+    kernels = kept.kernels
+    state = {kernels.SUMMARY_TENSOR_HIDDEN.value: tensor_hidden or step, kernels.SUMMARY_LOG_LR_MEAN.value: log_lr_mean,
+             kernels.SUMMARY_STEP.value: step}
+    with torch.cuda.device_of(sums):
+        kept.run(sums, state, global_hidden, numel, skip, scale)
+
+
+@torch.no_grad()
+def apply(
+    meta: MetaParams,
+    params: Sequence[Tensor],
+    true_param: Sequence[Tensor],
+    update: Tensor,
+    attention_update: Tensor | None,
+    scale: Tensor,
+    log_lr_mean: Sequence[Tensor],
+    *,
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float],
+    skip: Tensor,
+) -> None:
+    """Stage 3, see lopt.backends.reference.apply."""
+    sizes = [param.numel() for param in params]
+    kept = _keep(update, lambda kept: kept.sizes == sizes, lambda: Apply(params, sizes))
+    with torch.cuda.device_of(update):
+        kept.run(params, true_param, update, attention_update, scale, log_lr_mean, lr, weight_decay, skip)
