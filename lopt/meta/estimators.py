@@ -92,8 +92,10 @@ class _EvolutionStrategy:
     def _losses(self, meta: MetaParams, world: World, steps: int, noise: Tensor) -> tuple[Tensor, list[int]]:
         """[R, P] under perturbed meta-parameters, and the tasks that were restarted."""
         if world.rows % 2 or world.random.repeat != 2:
-            raise ValueError(f"antithetic pairs need an even number of rows of Random(.., repeat=2), got {world.rows} rows, "
-                             f"repeat={world.random.repeat}")
+            raise ValueError(
+                f"antithetic pairs need an even number of rows of Random(.., repeat=2), got {world.rows} rows, "
+                f"repeat={world.random.repeat}"
+            )
         with torch.no_grad():
             flat = meta.flat()
             named = unflatten(meta.config, torch.cat([flat + noise, flat - noise]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,9 +63,9 @@ class Draw:
 class Augment:
     """What is drawn at every restart besides the task itself; all numbers in natural-log space or as (low, high).
 
-    Applied outside of the optimizer's sight: it works on theta / scale and sees loss_scale times the gradient. Apart from
-    epsilons the rule does not notice a common scale of a tensor's parameters and learning rates, so the spread of initial
-    learning rates is a spread of parameter scales too.
+    Applied outside of the optimizer's sight: it works on theta / scale and sees loss_scale times the gradient. Apart
+    from epsilons the rule does not notice a common scale of a tensor's parameters and learning rates, so the spread of
+    initial learning rates is a spread of parameter scales too.
 
     Args:
         lr: initial learning rate, log-uniform for each task.
@@ -110,39 +110,27 @@ class PaperObjective:
         return torch.log(torch.cat([losses[:1], losses]) / (start + 1e-6) + 1e-6).mean(0)
 
 
-class FastSegments(Segments):
-    """Segments whose sums and expansions go block by block, not element by element."""
+class SmallSegments(Segments):
+    """Segments of a few thousand parameters: sums and expansions are matrix products, one call each.
 
-    def expand(self, values: Tensor) -> Tensor:
-        return _Expand.apply(values, self)  # type: ignore[no-any-return]
+    Values must be finite. Mean squares are zero in a whole tensor or nowhere: before the first step, and never after it
+    if ms_eps > 0.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+        super().__init__(sizes, device)
+        self._first = torch.tensor([begin for begin, _ in self.bounds], device=device)
+        owner = torch.repeat_interleave(torch.arange(len(self), device=device), self.lengths)
+        self._member = torch.nn.functional.one_hot(owner, len(self)).float()  # [n, T]
 
     def sum(self, values: Tensor) -> Tensor:
-        return _Sum.apply(values, self)  # type: ignore[no-any-return]
+        return values @ self._member.to(values.dtype)
 
+    def expand(self, values: Tensor) -> Tensor:
+        return values @ self._member.mT.to(values.dtype)
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return torch.stack([part.sum(-1) for part in values.split(segments.sizes, -1)], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
-        return _Expand.apply(cotangents[0], ctx.segments), None
-
-
-class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        out = values.new_empty(*values.shape[:-1], segments.total)
-        for part, value in zip(out.split(segments.sizes, -1), values.split(1, -1), strict=True):
-            part.copy_(value.expand_as(part))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(cotangents[0], ctx.segments), None
+    def any_nonzero(self, values: Tensor) -> Tensor:
+        return values.detach()[..., self._first] != 0
 
 
 class Mix:
@@ -159,14 +147,17 @@ class Mix:
             raise ValueError("a mix needs at least one task")
         self.tasks, self.config, self.device = tuple(tasks), config, torch.device(device)
         sizes = [size for task in self.tasks for size in task.sizes]
-        self.segments = FastSegments(sizes, self.device)  # n parameters of T tensors
-        self.problems = FastSegments([sum(task.sizes) for task in self.tasks], self.device)  # n parameters of P tasks
-        self.tensors = FastSegments([len(task.shapes) for task in self.tasks], self.device)  # T tensors of P tasks
+        kind = SmallSegments if config.ms_eps > 0 else Segments
+        self.segments = kind(sizes, self.device)  # n parameters of T tensors
+        self.problems = SmallSegments([sum(task.sizes) for task in self.tasks], self.device)  # n parameters of P tasks
+        self.tensors = SmallSegments([len(task.shapes) for task in self.tasks], self.device)  # T tensors of P tasks
         self.weights = torch.tensor([task.weight for task in self.tasks], device=self.device)
         self.weights /= self.weights.sum()
         self._last = self.tensors.lengths.cumsum(0) - 1
-        relative = "tensor" if config.relative_log_lr else None
-        levels = (config.hidden_size, config.tensor_size + config.global_size) if config.levels > 1 else config.level_sizes
+        relative: Literal["tensor"] | None = "tensor" if config.relative_log_lr else None
+        levels = config.level_sizes
+        if config.levels > 1:
+            levels = (config.hidden_size, config.tensor_size + config.global_size)
         self._advance_config = dataclasses.replace(config, level_sizes=levels, relative_log_lr=relative)
         self._numel = self.segments.lengths.to(torch.get_default_dtype())
         self.advance = choose_advance(config, self.device)
@@ -180,11 +171,14 @@ class Mix:
             return meta
         joined = dict(meta)
         joined["level0.from_level1.weight"] = torch.cat(
-            [meta["level0.from_level1.weight"], meta["level0.from_level2.weight"]], -2)
+            [meta["level0.from_level1.weight"], meta["level0.from_level2.weight"]], -2
+        )
         joined["level0.from_level1.bias"] = meta["level0.from_level1.bias"] + meta["level0.from_level2.bias"]
         return joined
 
-    def step(self, meta: Meta, joined: Meta, theta: Tensor, grad: Tensor, state: FlatState) -> tuple[Tensor, Tensor, FlatState]:
+    def step(
+        self, meta: Meta, joined: Meta, theta: Tensor, grad: Tensor, state: FlatState
+    ) -> tuple[Tensor, Tensor, FlatState]:
         """One step of all rows: what `reference.step` would do to each task alone.
 
         Args:
@@ -199,16 +193,25 @@ class Mix:
         tensor_hidden, global_hidden = state.tensor_hidden, state.global_hidden
         spread = None if global_hidden is None else self.tensors.expand(global_hidden.mT).mT
         view = state._replace(
-            log_lr_mean=self._relative_to(state.log_lr_mean), global_hidden=None,
-            tensor_hidden=tensor_hidden if spread is None or tensor_hidden is None else torch.cat([tensor_hidden, spread], -1))
+            log_lr_mean=self._relative_to(state.log_lr_mean),
+            global_hidden=None,
+            tensor_hidden=tensor_hidden
+            if spread is None or tensor_hidden is None
+            else torch.cat([tensor_hidden, spread], -1),
+        )
         new = self.advance(joined, self._advance_config, self.segments, grad, view)
         means = new.sums / self._numel.to(new.sums.dtype)[:, None]
         if tensor_hidden is not None:
             injected = None if spread is None else _affine(meta, "level1.from_level2", spread)
             tensor_hidden = _gru(
-                meta, "level1", means[..., : config.tensor_input_size], tensor_hidden, injected, columns=False)
+                meta, "level1", means[..., : config.tensor_input_size], tensor_hidden, injected, columns=False
+            )
             if global_hidden is not None:
-                inputs = self.tensors.mean(tensor_hidden.mT).mT if config.global_input == "mean" else tensor_hidden[..., self._last, :]
+                inputs = (
+                    self.tensors.mean(tensor_hidden.mT).mT
+                    if config.global_input == "mean"
+                    else tensor_hidden[..., self._last, :]
+                )
                 global_hidden = _gru(meta, "level2", inputs, global_hidden, None, columns=False)
         moved = theta - self._factor(means[..., columns.direction]) * new.update
         attended = moved
@@ -217,12 +220,29 @@ class Mix:
             attended = theta - self._factor(means[..., columns.attention]) * new.attention_update
         grad_decay, scale_decay = read_decays(meta, config, new.hidden)
         log_lr_mean = means[..., columns.log_lr] if config.dynamic_output_scale else None
-        return moved, attended, FlatState(
-            new.hidden, new.accum, new.ms, grad_decay, scale_decay, new.log_lr, log_lr_mean, tensor_hidden, global_hidden)
+        return (
+            moved,
+            attended,
+            FlatState(
+                new.hidden,
+                new.accum,
+                new.ms,
+                grad_decay,
+                scale_decay,
+                new.log_lr,
+                log_lr_mean,
+                tensor_hidden,
+                global_hidden,
+            ),
+        )
 
     def _factor(self, square: Tensor) -> Tensor | float:
         """[R, T] mean square of the direction -> [R, n]."""
-        return self.segments.expand(1 / torch.sqrt(square + DIRECTION_EPS)) if self.config.dynamic_output_scale else 1.0
+        return (
+            self.segments.expand(1 / torch.sqrt(square + DIRECTION_EPS))
+            if self.config.dynamic_output_scale
+            else 1.0
+        )
 
     def _relative_to(self, log_lr_mean: Tensor | None) -> Tensor | None:
         """[R, T] -> [R, T], what each tensor's log lr is measured from."""
@@ -243,7 +263,10 @@ class Mix:
         elif not theta.requires_grad:
             theta = theta.clone().requires_grad_()
         with torch.enable_grad():
-            params = [part.reshape(rows, *shape) for part, shape in zip(theta.split(self.segments.sizes, -1), shapes, strict=True)]
+            params = [
+                part.reshape(rows, *shape)
+                for part, shape in zip(theta.split(self.segments.sizes, -1), shapes, strict=True)
+            ]
             if not create_graph:
                 for param in params:
                     param.requires_grad_()
@@ -282,8 +305,18 @@ class World:
         clock: whether episodes are counted in "steps" or "unrolls".
     """
 
-    def __init__(self, mix: Mix, rows: int, random: Random, episode: Draw, augment: Augment,
-                 objective: Objective | PaperObjective, *, full_loss: bool = False, clock: str = "steps") -> None:
+    def __init__(
+        self,
+        mix: Mix,
+        rows: int,
+        random: Random,
+        episode: Draw,
+        augment: Augment,
+        objective: Callable[[Tensor, Tensor], Tensor],
+        *,
+        full_loss: bool = False,
+        clock: str = "steps",
+    ) -> None:
         self.mix, self.rows, self.random, self.episode = mix, rows, random, episode
         self.augment, self.objective, self.full_loss, self.clock = augment, objective, full_loss, clock
         tasks, n = len(mix), mix.segments.total
@@ -297,6 +330,7 @@ class World:
         self.age = [0.0] * tasks
         self.length = [0.0] * tasks  # 0: starts with the next unroll
         self.fresh = True
+        self.restarts = 0  # of the first task
         self.perturbation: Tensor | None = None  # PES: noise of each row since its tasks' starts, [R/2, P, M]
         self.state = empty_state(config, rows, mix)
 
@@ -317,6 +351,7 @@ class World:
             self.start[:, p] = math.nan
             self._draw(task, p, log_lr)
             self.age[p] = 0.0
+            self.restarts += p == 0
             self.length[p] = self.episode(random) * (random.scalar() if self.fresh else 1.0)
         self.fresh = False
         restarted = torch.tensor([p in over for p in range(len(mix))], device=mix.device)
@@ -331,9 +366,13 @@ class World:
         begin = self.mix.problems.bounds[p][0]
         of_task = random.log_uniform(rows, 1, low=augment.lr[0], high=augment.lr[1]).log()
         for size in task.sizes:
-            own = of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
+            own = (
+                of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
+            )
             log_lr[:, begin : begin + size] = own
-            self.scale[:, begin : begin + size] = random.log_uniform(rows, 1, low=augment.scale[0], high=augment.scale[1])
+            self.scale[:, begin : begin + size] = random.log_uniform(
+                rows, 1, low=augment.scale[0], high=augment.scale[1]
+            )
             begin += size
 
     def unroll(self, meta: Meta, steps: int, *, derivatives: int) -> Tensor:
@@ -356,16 +395,21 @@ class World:
         losses = []
         with torch.set_grad_enabled(derivatives > 0):
             for _ in range(steps):
-                batches = [task.minibatch(data, self.rows, random) for task, data in zip(mix.tasks, self.data, strict=True)]
+                batches = [
+                    task.minibatch(data, self.rows, random) for task, data in zip(mix.tasks, self.data, strict=True)
+                ]
                 loss, clean = mix.evaluate(attended * self.scale, batches, create_graph=derivatives == 2)
                 grad = mix.corrupt(clean, random) * gain
-                grad = torch.where(grad.abs() <= GRADIENT_LIMIT, grad, 0.0)
+                grad = torch.where(
+                    grad.abs() <= GRADIENT_LIMIT, grad, 0.0
+                )  # not finite, or so large that its square is not
                 if self.full_loss or attention:
                     judged = self.data if self.full_loss else batches
                     loss, clean = mix.evaluate(theta * self.scale, judged, create_graph=derivatives == 2)
                 if derivatives == 1:
                     # The value of the loss with its gradient by theta, without the graph of the task.
-                    loss = loss + mix.problems.sum(clean * self.scale * (theta - theta.detach()))
+                    slope = torch.where(clean.abs() <= GRADIENT_LIMIT, clean, 0.0) * self.scale
+                    loss = loss + mix.problems.sum(slope * (theta - theta.detach()))
                 losses.append(loss)
                 theta, attended, state = mix.step(meta, joined, theta, grad, state)
             stacked = torch.stack(losses)
@@ -378,15 +422,31 @@ class World:
 
     def copy_first_half(self) -> None:
         """Make the second member of every antithetic pair what the first one is."""
+
         def copied(values: Tensor | None) -> Tensor | None:
             return None if values is None else torch.cat([values[: self.rows // 2]] * 2)
 
-        self.theta, self.attended = self.theta[: self.rows // 2].repeat(2, 1), self.attended[: self.rows // 2].repeat(2, 1)
+        self.theta, self.attended = (
+            self.theta[: self.rows // 2].repeat(2, 1),
+            self.attended[: self.rows // 2].repeat(2, 1),
+        )
         self.state = FlatState(*(copied(values) for values in self.state))  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes."""
-        names = ("theta", "attended", "scale", "loss_scale", "start", "data", "age", "length", "fresh", "perturbation")
+        names = (
+            "theta",
+            "attended",
+            "scale",
+            "loss_scale",
+            "start",
+            "data",
+            "age",
+            "length",
+            "fresh",
+            "restarts",
+            "perturbation",
+        )
         return {name: getattr(self, name) for name in names} | {"state": tuple(self.state)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -404,10 +464,16 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
 
     dynamic = config.dynamic_output_scale
     return FlatState(
-        zeros(config.hidden_size, n), zeros(config.timescales, n), zeros(config.timescales, n), zeros(n), zeros(n),
-        zeros(n) if dynamic else None, zeros(tensors) if dynamic else None,
+        zeros(config.hidden_size, n),
+        zeros(config.timescales, n),
+        zeros(config.timescales, n),
+        zeros(n),
+        zeros(n),
+        zeros(n) if dynamic else None,
+        zeros(tensors) if dynamic else None,
         zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
-        zeros(len(mix), config.global_size) if config.levels >= 3 else None)
+        zeros(len(mix), config.global_size) if config.levels >= 3 else None,
+    )
 
 
 def restart_state(
@@ -432,8 +498,13 @@ def restart_state(
         grad_decay=zero(state.grad_decay),
         scale_decay=zero(state.scale_decay),
         log_lr=None if state.log_lr is None else torch.where(of_param, log_lr, state.log_lr),
-        log_lr_mean=None if state.log_lr_mean is None else torch.where(of_tensor, mix.segments.mean(log_lr), state.log_lr_mean),
-        tensor_hidden=None if state.tensor_hidden is None else
-        torch.where(of_tensor[:, None], meta["level1.init"][..., None, :], state.tensor_hidden),
-        global_hidden=None if state.global_hidden is None else
-        torch.where(restarted[:, None], meta["level2.init"][..., None, :], state.global_hidden))
+        log_lr_mean=None
+        if state.log_lr_mean is None
+        else torch.where(of_tensor, mix.segments.mean(log_lr), state.log_lr_mean),
+        tensor_hidden=None
+        if state.tensor_hidden is None
+        else torch.where(of_tensor[:, None], meta["level1.init"][..., None, :], state.tensor_hidden),
+        global_hidden=None
+        if state.global_hidden is None
+        else torch.where(restarted[:, None], meta["level2.init"][..., None, :], state.global_hidden),
+    )

@@ -23,7 +23,9 @@ class Fixed(Task):
         return [torch.tensor([1.0, -2.0]).expand(count, 2), torch.full((count, 1), 0.5)]
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        return (torch.tensor([1.0, 5.0]) * params[0].square()).sum(-1) + (params[0][:, 0] + params[1][:, 0]) ** 2 + 0.1
+        return (
+            (torch.tensor([1.0, 5.0]) * params[0].square()).sum(-1) + (params[0][:, 0] + params[1][:, 0]) ** 2 + 0.1
+        )
 
 
 class Slope(Fixed):
@@ -66,7 +68,9 @@ def mean_square_score(estimates: Tensor, truth: Tensor) -> float:
 
 def test_first_and_second_order_agree_where_gradients_are_constant_and_only_there():
     for task, agree in ((Slope(), True), (Fixed(), False)):
-        first, second = (TruncatedBPTT(second_order=order)(meta(), world(task, 2, 1), 6).grad for order in (False, True))
+        first, second = (
+            TruncatedBPTT(second_order=order)(meta(), world(task, 2, 1), 6).grad for order in (False, True)
+        )
         assert torch.allclose(first, second, rtol=1e-4, atol=1e-6 * second.abs().max()) == agree
 
 
@@ -75,8 +79,12 @@ def test_second_order_gradient_is_that_of_finite_differences():
     base = meta().flat()
     direction = torch.randn(len(base), generator=torch.Generator().manual_seed(0))
     step = 1e-2 / direction.norm()
-    losses = [TruncatedBPTT()(MetaParams.from_flat(CONFIG, base + sign * step * direction), world(Fixed(), 1, 1),
-                              UNROLLS * STEPS).loss for sign in (1, -1)]
+    losses = [
+        TruncatedBPTT()(
+            MetaParams.from_flat(CONFIG, base + sign * step * direction), world(Fixed(), 1, 1), UNROLLS * STEPS
+        ).loss
+        for sign in (1, -1)
+    ]
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx((grad @ direction).item(), rel=2e-2)
 
 

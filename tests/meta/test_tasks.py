@@ -50,17 +50,24 @@ def recorded_data(name: str) -> object:
         return {"x": three(x), "y": three(y)}
     if f"{name}/const/w" in RECORDED:
         return {part: three(recorded(f"{name}/const/{part}")) for part in "wy"}
-    subs = [{part: three(recorded(f"{name}/sub{k}/{part}")) for part in "wy"} if f"{name}/sub{k}/w" in RECORDED else {}
-            for k in range(3)]
-    return {"sum_task": subs, "log_quadratic": subs[0],
-            "rescale_norm": {"task": subs[0], "scale": 0.123, "loss_scale": 1.0}}.get(name, {})
+    subs = [
+        {part: three(recorded(f"{name}/sub{k}/{part}")) for part in "wy"} if f"{name}/sub{k}/w" in RECORDED else {}
+        for k in range(3)
+    ]
+    return {
+        "sum_task": subs,
+        "log_quadratic": subs[0],
+        "rescale_norm": {"task": subs[0], "scale": 0.123, "loss_scale": 1.0},
+    }.get(name, {})
 
 
 @pytest.mark.parametrize("name", RECORDED["names"].tolist())
 def test_objective_and_gradient_equal_the_recorded_ones(name):
     task = TASKS[name]
-    params = [torch.stack([recorded(f"{name}/{j}/param/{i}") for j in range(3)]).requires_grad_()
-              for i in range(len(task.shapes))]
+    params = [
+        torch.stack([recorded(f"{name}/{j}/param/{i}") for j in range(3)]).requires_grad_()
+        for i in range(len(task.shapes))
+    ]
     assert [param.shape[1:] for param in params] == list(task.shapes)
     losses = task.loss(params, recorded_data(name))
     grads = torch.autograd.grad(losses.sum(), params)
@@ -90,9 +97,15 @@ def test_paper_set_has_its_101_tasks_and_each_runs():
 
 
 NETWORKS = [
-    networks.Linear(), networks.MLP(noise=0.3), networks.MLP((8, 8), torch.tanh, networks.batch_norm, residual=True),
-    networks.MLP((8,), norm=networks.layer_norm, regression=True, noise=0.1), networks.Autoencoder(),
-    networks.Conv(noise=0.1), networks.Conv((4, 6), norm=False), networks.Attention(), networks.Recurrent(),
+    networks.Linear(),
+    networks.MLP(noise=0.3),
+    networks.MLP((8, 8), torch.tanh, networks.batch_norm, residual=True),
+    networks.MLP((8,), norm=networks.layer_norm, regression=True, noise=0.1),
+    networks.Autoencoder(),
+    networks.Conv(noise=0.1),
+    networks.Conv((4, 6), norm=False),
+    networks.Attention(),
+    networks.Recurrent(),
     networks.NextToken(),
 ]
 
@@ -156,8 +169,12 @@ def test_wrappers_compose_and_rescale_both_parameters_and_loss():
     data = task.instance(64, random)
     (param,) = task.start(64, random, data)
     scale, loss_scale = data["scale"], data["loss_scale"]
-    torch.testing.assert_close(task.loss([param], data),
-                               loss_scale * inner.loss([param / scale[:, None, None]], data["task"]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        task.loss([param], data),
+        loss_scale * inner.loss([param / scale[:, None, None]], data["task"]),
+        rtol=1e-4,
+        atol=0,
+    )
     assert loss_scale.log10().std() > 1.5
     (grad,) = task.corrupt([torch.zeros_like(param)], random)
     share = (grad == 0).float().mean().item()

@@ -46,11 +46,16 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
     n, tensors = mix.segments.total, len(mix.segments)
     log_lr = -7 + rand(n)
     state = FlatState(
-        2 * rand(config.hidden_size, n) - 1, rand(config.timescales, n) - 0.5, 0.1 + rand(config.timescales, n),
-        0.3 + 0.5 * rand(n), 0.3 + 0.5 * rand(n), log_lr if config.dynamic_output_scale else None,
+        2 * rand(config.hidden_size, n) - 1,
+        rand(config.timescales, n) - 0.5,
+        0.1 + rand(config.timescales, n),
+        0.3 + 0.5 * rand(n),
+        0.3 + 0.5 * rand(n),
+        log_lr if config.dynamic_output_scale else None,
         mix.segments.mean(log_lr) if config.dynamic_output_scale else None,
         2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
-        2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None)
+        2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None,
+    )
     theta, grad = rand(n), rand(n) - 0.5
     moved, attended, new = mix.step(meta, mix.advance_meta(meta), theta, grad, state)
     first_tensor = 0
@@ -61,9 +66,12 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
         cut = {"tensor_hidden": own, "log_lr_mean": own, "global_hidden": p}
 
         def part(values: FlatState, params: slice = params, cut: dict = cut) -> FlatState:
-            return FlatState(*(
-                None if value is None else value[:, cut[field]] if field in cut else value[..., params]
-                for field, value in zip(FlatState._fields, values, strict=True)))
+            return FlatState(
+                *(
+                    None if value is None else value[:, cut[field]] if field in cut else value[..., params]
+                    for field, value in zip(FlatState._fields, values, strict=True)
+                )
+            )
 
         alone = reference.step(meta, config, Segments(task.sizes), theta[:, params], grad[:, params], part(state))
         torch.testing.assert_close((moved[:, params], attended[:, params]), alone[:2])
@@ -84,16 +92,22 @@ class Recorded(Task):
         return [point[None].clone() for point in self.points]
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        return 0.5 * (self.w @ torch.cat([param.flatten(1) for param in params], 1)[..., None] - self.y).square().sum((1, 2))
+        return 0.5 * (
+            self.w @ torch.cat([param.flatten(1) for param in params], 1)[..., None] - self.y
+        ).square().sum((1, 2))
 
 
 @pytest.mark.parametrize("path", sorted(RECORDINGS.glob("metagrad_*.npz")), ids=lambda path: path.stem)
 def test_meta_steps_equal_those_recorded_from_the_original(path):
     recording = load_recording(path)
     config = config_of(json.loads(str(recording["config_json"])))
-    meta = MetaParams.from_tf({key[5:]: value for key, value in recording.items() if key.startswith("meta/")}, config)
+    meta = MetaParams.from_tf(
+        {key[5:]: value for key, value in recording.items() if key.startswith("meta/")}, config
+    )
     random = Random(torch.Generator().manual_seed(0))
-    world = World(Mix([Recorded(recording)], config), 1, random, Draw(1e9), Augment(), PaperObjective(), full_loss=True)
+    world = World(
+        Mix([Recorded(recording)], config), 1, random, Draw(1e9), Augment(), PaperObjective(), full_loss=True
+    )
     estimator, optimizer = TruncatedBPTT(second_order=bool(recording["second"])), RMSProp(lr=1e-3)
     log_lr = torch.cat([torch.from_numpy(recording[f"loglr0/{i}"]).reshape(1, -1) for i in range(2)], 1)
     world._draw = lambda task, p, out: out.copy_(log_lr)  # type: ignore[method-assign]
@@ -138,8 +152,12 @@ def test_augmentations_leave_the_task_as_it_is():
     results = []
     for factor, loss_scale in ((1.0, 1.0), (8.0, 1024.0)):
         random = Random(torch.Generator().manual_seed(0))
-        augment = Augment(lr=(1e-2 / factor, 1e-2 / factor), scale=(factor, factor), loss_scale=(loss_scale, loss_scale))
-        world = World(Mix([networks.MLP((6,)), paper.Quadratic(4)], config), 3, random, Draw(1000), augment, Objective())
+        augment = Augment(
+            lr=(1e-2 / factor, 1e-2 / factor), scale=(factor, factor), loss_scale=(loss_scale, loss_scale)
+        )
+        world = World(
+            Mix([networks.MLP((6,)), paper.Quadratic(4)], config), 3, random, Draw(1000), augment, Objective()
+        )
         world.restart(meta)
         start = world.theta.clone()
         world.unroll(meta, 10, derivatives=0)

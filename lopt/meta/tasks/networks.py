@@ -24,7 +24,8 @@ def batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Over all samples (and positions): [count, .., c], [count, c], [count, c] -> [count, .., c]."""
     axes = tuple(range(1, x.dim() - 1))
     centered = x - x.mean(axes, keepdim=True)
-    return _channels(scale, x) * centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + NORM_EPS) + _channels(shift, x)
+    normed = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + NORM_EPS)
+    return torch.addcmul(_channels(shift, x), normed, _channels(scale, x))
 
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -239,8 +240,8 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     count, m, height, width, _ = x.shape
     k = kernel.shape[1]
     padded = F.pad(x, (0, 0, k // 2, k // 2, k // 2, k // 2))
-    patches = padded.unfold(2, k, 1).unfold(3, k, 1)  # [count, m, h, w, c, k, k]
-    columns = patches.permute(0, 1, 2, 3, 5, 6, 4).reshape(count, m * height * width, -1)
+    shifted = [padded[:, :, i : i + height, j : j + width] for i in range(k) for j in range(k)]
+    columns = torch.cat(shifted, -1).view(count, m * height * width, -1)
     return (columns @ kernel.flatten(1, 3)).view(count, m, height, width, -1)
 
 

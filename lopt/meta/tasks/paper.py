@@ -348,7 +348,7 @@ class MinMaxWell(Task):
 
 
 class Probed(Batches):
-    """Base of the problems on a data set of probes, [count, m, n]: random bits, or normal vectors and their negatives."""
+    """Base of the problems on probes, [count, m, n]: random bits, or normal vectors and their negatives."""
 
     samples = 100
 
@@ -420,8 +420,9 @@ def _log_children() -> list[Task]:
 def _sums() -> list[list[Task]]:
     quadratics: list[Task] = [Quadratic(n) for n in (11, 3, 9, 7, 5, 13, 12)]
     nine = [_function(name) for name in FUNCTIONS_2D]
-    return [quadratics, [Norm(18, 3), Quadratic(25), _function("rosenbrock")], nine, [*nine, Quadratic(5), Quadratic(13)],
-            [Quadratic(11), Quadratic(3)], [_function(name) for name in ("rosenbrock", "logsumexp", "ackley")]]
+    return [quadratics, [Norm(18, 3), Quadratic(25), _function("rosenbrock")], nine,
+            [*nine, Quadratic(5), Quadratic(13)], [Quadratic(11), Quadratic(3)],
+            [_function(name) for name in ("rosenbrock", "logsumexp", "ackley")]]
 
 
 def paper_tasks() -> dict[str, list[Task]]:
@@ -440,12 +441,12 @@ def paper_tasks() -> dict[str, list[Task]]:
         "matmul": [MatMul(n, k) for n, low, high in [(2, 5, 8), (3, 19, 24)] for k in range(low, high + 1)],
         "log": [LogOf(task) for task in _log_children()],
         "rescale": [
-            *(Rescaled(Norm(18, p), s) for p, s in [(2.5, 0.123), (1.5, 8.0), (2.0, 50.0), (3.0, 200.0), (1.0, 1000.0)]),
+            *(Rescaled(Norm(18, p), s) for p, s in [(2.5, 0.123), (1.5, 8), (2.0, 50), (3.0, 200), (1.0, 1000)]),
             *(Rescaled(Quadratic(n), s) for n, s in [(20, 0.1), (25, 10.0), (50, 350.0), (100, 132.0)])],
         "norm": [Norm(n, p) for n, p in [(27, 1.0), (25, 2.0), (22, 3.0)]],
         "norm_noisy": [Noisy(Norm(n, p), 0.1) for n, p in [(19, 1.0), (26, 2.0), (23, 3.0)]],
         "sum": [Sum(*tasks) for tasks in sums],
-        "sum_noisy": [Sum(*tasks) for tasks in (sums[0], sums[3])],  # their children's noise has no effect in the original
+        "sum_noisy": [Sum(*tasks) for tasks in (sums[0], sums[3])],  # the original ignores their children's noise
         "sparse": [Sparse(task) for task in _log_children()],
         "sparse_fully_connected": [Sparse(task) for task in _nets()[:3]],
     }

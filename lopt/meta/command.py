@@ -1,0 +1,142 @@
+"""`lopt meta-train`: options -> a recipe being carried out in a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt import __version__
+from lopt.meta.meta_train import MetaTraining
+from lopt.meta.recipe import RECIPES
+from lopt.meta.tasks import Task
+from lopt.metaparams import MetaParams
+from lopt.train import TrainError, checkpoint
+from lopt.train.loop import StopRequest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lopt meta-train`."""
+    parser.add_argument("--recipe", choices=RECIPES, help="default: default")
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        metavar="M",
+        help="scale the recipe to about M minutes on one core (the same meta-steps on every machine)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of everything (default 0)")
+    parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="further tasks to train on")
+    parser.add_argument("--start", metavar="NAME|FILE", help="meta-parameters to go on from (default: untrained)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="on a CPU (default 1)")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/meta-<n>")
+    folder.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0 done, 130 or 143 stopped by SIGINT or SIGTERM.
+
+    Raises TrainError for options that do not fit, before anything is written, and ImportError for a missing package.
+    """
+    for package in ("matplotlib", "tqdm"):
+        importlib.import_module(package)
+    options: dict[str, Any] = {
+        "recipe": "default",
+        "minutes": None,
+        "seed": 0,
+        "tasks": [],
+        "start": None,
+        "device": "cpu",
+        "threads": 1,
+    }
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    folder = args.resume
+    if folder is None:
+        options |= given
+    else:
+        options = _saved_options(folder)
+        if fixed := sorted(set(given) - {"device", "threads"}):
+            raise TrainError(
+                f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out"
+            )
+        options |= given
+    torch.set_num_threads(options["threads"])
+    training = MetaTraining(
+        RECIPES[options["recipe"]].scaled(options["minutes"]),
+        options["seed"],
+        options["device"],
+        [load_task(name) for name in options["tasks"]],
+        None if options["start"] is None else MetaParams.resolve(options["start"]),
+    )
+    if folder is None:
+        folder = _new_folder(args.out)
+        content = json.dumps({**options, "version": __version__}, indent=2) + "\n"
+        checkpoint.write_atomic(folder / "config.json", lambda file: file.write(content.encode()))
+    elif (folder / "checkpoint.pt").exists():
+        training.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
+    with StopRequest() as stop:
+        finished = training.run(folder, stop)
+    state = "done" if finished else f"stopped; go on with --resume {folder}"
+    print(f"{state}: meta-parameters in {folder}/meta.safetensors")
+    return 0 if finished or stop.received is None else 128 + stop.received
+
+
+def load_task(name: str) -> Task:
+    """An instance of the class `module:Class`, also from the working directory.
+
+    Raises:
+        TrainError: there is no such module or class, or it is no task.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise TrainError(f"--tasks {name}: write MODULE:CLASS, as my_tasks:Valley")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        task: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TrainError(f"--tasks {name}: {error}") from error
+    task = task() if isinstance(task, type) else task
+    if not isinstance(task, Task) or not task.shapes:
+        raise TrainError(f"--tasks {name}: not a lopt.meta.tasks.Task with shapes")
+    return task
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _saved_options(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {
+            name: content[name] for name in ("recipe", "minutes", "seed", "tasks", "start", "device", "threads")
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
+
+
+def _new_folder(out: Path | None) -> Path:
+    if out is not None:
+        if out.is_dir() and any(out.iterdir()):
+            raise TrainError(f"{str(out)!r} is not empty: choose another --out, or continue with --resume {out}")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    for number in range(1, 10_000):
+        folder = Path("runs") / f"meta-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise TrainError("runs/ is full of meta-training runs: choose a folder with --out")

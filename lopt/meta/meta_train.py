@@ -1,0 +1,335 @@
+"""The meta-training loop: a recipe in, a run folder out.
+
+    config.json         recipe, duration, seed, tasks
+    metrics.csv         one row per `ROW_EVERY` meta-steps and per validation
+    curves.png          drawn from it
+    checkpoint.pt       everything needed to go on, bit for bit on a CPU
+    meta.safetensors    the meta-parameters, ready for `lopt.HRNN(params, meta=...)`
+    best.safetensors    those with the best validation score
+
+All random numbers come from one generator that is part of the checkpoint: a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.interop.tf1 import RMSProp
+from lopt.meta import validate
+from lopt.meta.estimators import Estimate
+from lopt.meta.recipe import ESTIMATORS, Recipe, Stage
+from lopt.meta.tasks import Random, Task
+from lopt.meta.unroll import Mix, World
+from lopt.metaparams import MetaParams
+from lopt.train import checkpoint
+from lopt.train.loop import StopRequest
+
+COLUMNS = (
+    "meta_step",  # of the whole run
+    "stage",
+    "meta_loss",  # mean since the last row; natural log of the loss relative to the start
+    "grad_norm",  # median since the last row, before clipping
+    "lr",
+    "task_steps_per_second",
+    "seconds",
+    "valid_final",  # see validate.Scores; mean over the validation tasks; empty where the row is no validation
+    "valid_area",
+)
+ROW_EVERY = 10
+CHECKPOINT_SECONDS = 60
+VALID_STEPS = 200
+
+
+class Adam:
+    """Adam on one vector, with a bound on the gradient's norm."""
+
+    def __init__(self, betas: tuple[float, float], clip: float) -> None:
+        self.betas, self.clip = betas, clip
+        self.state: dict[str, Any] = {}
+
+    def step(self, flat: Tensor, grad: Tensor, lr: float) -> Tensor:
+        """[M] meta-parameters after one step."""
+        if not self.state:
+            self.state = {"mean": torch.zeros_like(flat), "square": torch.zeros_like(flat), "steps": 0}
+        s, (b1, b2) = self.state, self.betas
+        grad = grad * min(1.0, self.clip / (grad.norm().item() + 1e-12))
+        s["steps"] += 1
+        s["mean"], s["square"] = b1 * s["mean"] + (1 - b1) * grad, b2 * s["square"] + (1 - b2) * grad.square()
+        mean, square = s["mean"] / (1 - b1 ** s["steps"]), s["square"] / (1 - b2 ** s["steps"])
+        return flat - lr * mean / (square.sqrt() + 1e-10)
+
+
+class TFRMSProp:
+    """The original's meta-optimizer on one vector."""
+
+    def __init__(self, config: Any, clip: float) -> None:
+        self.config, self.rmsprop = config, RMSProp(clip=clip)
+        self.state: dict[str, Tensor] = {}
+
+    def step(self, flat: Tensor, grad: Tensor, lr: float) -> Tensor:
+        """[M] meta-parameters after one step."""
+        meta, grads = (MetaParams.from_flat(self.config, values) for values in (flat, grad))
+        self.rmsprop.lr, self.rmsprop.ms = lr, dict(self.state)
+        after = self.rmsprop.step(meta, grads)
+        self.state = self.rmsprop.ms
+        return after.flat()
+
+
+class MetaTraining:
+    """A recipe being carried out.
+
+    Args:
+        recipe: stages and their settings.
+        seed: of everything: meta-parameters, tasks, noise.
+        device: where unrolls run.
+        extra: further tasks, a mix of their own in every stage.
+        start: meta-parameters to go on from; None: an initialisation with `seed`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device | str = "cpu",
+        extra: Sequence[Task] = (),
+        start: MetaParams | None = None,
+    ) -> None:
+        self.recipe, self.device, self.extra = recipe, torch.device(device), list(extra)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.flat = (start or MetaParams.init(recipe.config, seed)).flat().to(self.device)
+        self.stage, self.step, self.done, self.seconds = 0, 0, 0, 0.0
+        self.rows: list[list[Any]] = []
+        self.pending: list[tuple[float, float, int]] = []  # loss, gradient norm, task steps since the last row
+        self.pending_seconds = 0.0
+        self.best = float("inf")
+        self._begin_stage()
+
+    @property
+    def total(self) -> int:
+        """Meta-steps of the whole run."""
+        return sum(stage.meta_steps for stage in self.recipe.stages)
+
+    @property
+    def meta(self) -> MetaParams:
+        """The meta-parameters as they are."""
+        return MetaParams.from_flat(self.recipe.config, self.flat)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last stage is done."""
+        return self.stage == len(self.recipe.stages)
+
+    def _begin_stage(self) -> None:
+        self.worlds: dict[int, World] = {}
+        if self.finished:
+            return
+        stage = self._current
+        self.mixes = stage.mixes() + ([self.extra] if self.extra else [])
+        self.estimator = ESTIMATORS[stage.estimator](stage)
+        self.optimizer = (
+            Adam(stage.betas, stage.clip)
+            if stage.optimizer == "adam"
+            else TFRMSProp(self.recipe.config, stage.clip)
+        )
+
+    @property
+    def _current(self) -> Stage:
+        return self.recipe.stages[self.stage]
+
+    @property
+    def _random(self) -> Random:
+        return Random(self.generator, self.estimator.repeat)
+
+    def _make_world(self, mix: int) -> World:
+        stage = self._current
+        return World(
+            Mix(self.mixes[mix], self.recipe.config, self.device),
+            stage.rows,
+            self._random,
+            stage.episode,
+            stage.augment,
+            stage.objective,
+            full_loss=stage.full_loss,
+            clock=stage.clock,
+        )
+
+    def _world(self) -> World:
+        """The world of the next meta-step."""
+        if not self._current.sampled:
+            mix = self.step % len(self.mixes)
+        else:
+            world = next(iter(self.worlds.values()), None)
+            if world is not None and not (
+                world.restarts >= self._current.sampled and world.age[0] >= world.length[0]
+            ):
+                return world
+            self.worlds = {}
+            mix = int(self._random.scalar() * len(self.mixes))
+        if mix not in self.worlds:
+            self.worlds[mix] = self._make_world(mix)
+        return self.worlds[mix]
+
+    def meta_step(self) -> Estimate:
+        """One unroll and one step of the meta-optimizer; a meta-gradient that is not finite is passed over."""
+        begin, stage = time.perf_counter(), self._current
+        world = self._world()
+        steps = max(2, round(stage.unroll(self._random)))
+        estimate = self.estimator(self.meta, world, steps)
+        if estimate.grad.isfinite().all():
+            self.flat = self.optimizer.step(self.flat, estimate.grad, stage.lr_at(self.step))
+        self.step += 1
+        self.done += 1
+        self.pending.append((estimate.loss, estimate.grad.norm().item(), steps * stage.rows * len(world.mix)))
+        taken = time.perf_counter() - begin
+        self.seconds += taken
+        self.pending_seconds += taken
+        lr = stage.lr_at(self.step - 1)
+        validated = self.done % self.recipe.validate_every == 0 or self.step == stage.meta_steps
+        if validated or self.done % ROW_EVERY == 0:
+            self._row(stage, lr, self._validate() if validated else None)
+        if self.step == stage.meta_steps:
+            self.stage, self.step = self.stage + 1, 0
+            self._begin_stage()
+        return estimate
+
+    def _row(self, stage: Stage, lr: float, valid: tuple[float, float] | None) -> None:
+        losses, norms, counts = zip(*self.pending, strict=True)
+        median = torch.tensor(norms).median().item()
+        self.rows.append(
+            [
+                self.done,
+                stage.name,
+                round(sum(losses) / len(losses), 5),
+                f"{median:.3e}",
+                f"{lr:.3e}",
+                round(sum(counts) / self.pending_seconds),
+                round(self.seconds, 1),
+                *(("", "") if valid is None else (round(valid[0], 5), round(valid[1], 5))),
+            ]
+        )
+        self.pending, self.pending_seconds = [], 0.0
+
+    def _validate(self) -> tuple[float, float]:
+        result = validate.scores(
+            validate.learned(self.meta, list(validate.validation_tasks().values()), VALID_STEPS)
+        )
+        return result.final.mean().item(), result.area.mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes."""
+        names = ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best")
+        worlds = {mix: world.state_dict() for mix, world in self.worlds.items()}
+        return {name: getattr(self, name) for name in names} | {
+            "generator": self.generator.get_state(),
+            "worlds": worlds,
+            "optimizer": {} if self.finished else self.optimizer.state,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The inverse of `state_dict`, into a run of the same recipe, tasks and device."""
+        saved = dict(saved)
+        worlds, optimizer, generator = (saved.pop(name) for name in ("worlds", "optimizer", "generator"))
+        for name in ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best"):
+            setattr(self, name, saved[name])
+        self.pending = [(loss, norm, count) for loss, norm, count in self.pending]
+        self._begin_stage()
+        for mix, state in worlds.items():
+            self.worlds[mix] = self._make_world(mix)
+            self.worlds[mix].load_state_dict(state)
+        if not self.finished:
+            self.optimizer.state = optimizer
+        self.generator.set_state(generator)
+
+    def run(self, folder: Path, stop: StopRequest) -> bool:
+        """Carry on to the end of the recipe, or until a signal; a checkpoint is there in either case.
+
+        Args:
+            folder: the run folder, existing.
+            stop: what has received signals.
+
+        Returns:
+            Whether the recipe is done.
+        """
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        bar = tqdm(
+            total=self.total,
+            initial=self.done,
+            unit="step",
+            smoothing=0.05,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
+        )
+        saved, loss = time.perf_counter(), None
+        with bar:
+            while not self.finished and stop.received is None:
+                name, rows = self._current.name, len(self.rows)
+                before = self.seconds
+                estimate = self.meta_step()
+                loss = estimate.loss if loss is None else 0.95 * loss + 0.05 * estimate.loss
+                if len(self.rows) > rows:
+                    rate = self.rows[-1][5]
+                    self._keep_best(folder)
+                else:
+                    rate = self.pending[-1][2] / max(1e-9, self.seconds - before)
+                bar.set_description_str(name, refresh=False)
+                bar.set_postfix_str(f"meta-loss {loss:.3f}, {rate / 1000:.1f}k task-steps/s", refresh=False)
+                bar.update()
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    self.save(folder)
+                    saved = time.perf_counter()
+        self.save(folder)
+        return self.finished
+
+    def _keep_best(self, folder: Path) -> None:
+        score = self.rows[-1][COLUMNS.index("valid_final")]
+        if score != "" and score < self.best:
+            self.best = score
+            self.meta.save(
+                folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)}
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write checkpoint, metrics, meta-parameters and curves, each atomically."""
+        checkpoint.save(folder / "checkpoint.pt", self.state_dict())
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([COLUMNS, *self.rows])
+        checkpoint.write_atomic(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+        self.meta.save(folder / "meta.safetensors", card={"meta_step": str(self.done)})
+        if self.rows:
+            draw(folder / "curves.png", self.rows)
+
+
+def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """Meta-loss and validation scores against meta-steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    training, validation = figure.subplots(1, 2)
+    for name in dict.fromkeys(row[1] for row in rows):
+        own = [row for row in rows if row[1] == name]
+        training.plot([row[0] for row in own], [row[2] for row in own], label=name)
+    tested = [row for row in rows if row[7] != ""]
+    for column, label in ((7, "at the end"), (8, "mean over the steps")):
+        validation.plot(
+            [row[0] for row in tested], [row[column] for row in tested], marker="o", markersize=3, label=label
+        )
+    training.set_title("Meta-loss, each stage its own")
+    validation.set_title(f"Validation tasks, {VALID_STEPS} steps")
+    for axes in (training, validation):
+        axes.set(xlabel="meta-step", ylabel="log(loss / loss at the start)")
+        axes.grid(alpha=0.25)
+        if axes.lines:
+            axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    checkpoint.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))

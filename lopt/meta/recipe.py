@@ -1,0 +1,185 @@
+"""Recipes: which tasks, estimators, lengths and rates make up a meta-training run. All numbers of a run are here.
+
+A recipe is a list of stages. The default one backpropagates through short unrolls first, which learns quickly and
+shrinks learning rates too early, and then repairs that with persistent evolution strategies on long episodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+
+from lopt.config import HRNNConfig
+from lopt.meta.estimators import ES, PES, Estimator, TruncatedBPTT
+from lopt.meta.tasks import Rescaled, Sparse, Sum, Task, paper
+from lopt.meta.tasks import networks as nets
+from lopt.meta.unroll import Augment, Draw, Objective, PaperObjective
+
+ESTIMATORS: dict[str, Callable[[Stage], Estimator]] = {
+    "bptt": lambda stage: TruncatedBPTT(second_order=stage.second_order),
+    "pes": lambda stage: PES(stage.sigma),
+    "es": lambda stage: ES(stage.sigma),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run with one estimator and one meta-optimizer.
+
+    Args:
+        name: shown and logged.
+        meta_steps: how many.
+        mixes: groups of tasks that take turns, one per meta-step, each with its own world.
+        estimator: a name of `ESTIMATORS`.
+        rows: copies of a mix; for pes and es both members of the antithetic pairs count.
+        unroll: steps between meta-updates. episode: steps, or unrolls if `clock` says so, between restarts of a task.
+        optimizer: "adam", or "rmsprop": TensorFlow's, with element-wise clipping.
+        lr: of the meta-optimizer. betas: of Adam.
+        clip: largest global norm of the meta-gradient (adam), or largest absolute entry (rmsprop).
+        warmup: meta-steps over which lr grows linearly. final_lr: share of lr at the end of a cosine; 1: constant.
+        objective, augment, full_loss, clock: of the worlds.
+        sampled: take a new world of a random mix after this many episodes, instead of all mixes in turn.
+    """
+
+    name: str
+    meta_steps: int
+    mixes: Callable[[], list[list[Task]]]
+    estimator: str
+    rows: int
+    unroll: Draw
+    episode: Draw
+    lr: float
+    optimizer: str = "adam"
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    warmup: int = 0
+    final_lr: float = 1.0
+    objective: Objective | PaperObjective = Objective()
+    augment: Augment = Augment()
+    full_loss: bool = False
+    clock: str = "steps"
+    second_order: bool = False
+    sigma: float = 0.01
+    sampled: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Meta-learning rate of meta-step `step` of the stage, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.meta_steps))))
+        return self.lr * warm * (self.final_lr + (1 - self.final_lr) * cosine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Stages in their order.
+
+    Args:
+        config: the optimizer's architecture.
+        stages: one after the other, each from the meta-parameters the last one left.
+        minutes: how long it takes on one core, about.
+        validate_every: meta-steps between validations.
+    """
+
+    config: HRNNConfig
+    stages: tuple[Stage, ...]
+    minutes: float
+    validate_every: int = 120
+
+    def scaled(self, minutes: float | None) -> Recipe:
+        """The same with every stage's meta-steps scaled to another duration."""
+        if minutes is None:
+            return self
+        factor = minutes / self.minutes
+        stages = (dataclasses.replace(s, meta_steps=max(1, round(factor * s.meta_steps))) for s in self.stages)
+        return dataclasses.replace(self, stages=tuple(stages), minutes=minutes)
+
+
+def _function(name: str) -> Task:
+    return paper.Function2D(*paper.FUNCTIONS_2D[name])
+
+
+def _mixes(noise: float, batch: tuple[int, int]) -> list[list[Task]]:
+    """Six mixes of about ten tasks and 1,000 parameters.
+
+    Args:
+        noise: scale of label noise and gradient noise, 0 to 1.
+        batch: smallest and largest minibatch.
+    """
+    small, large = batch
+    relu, tanh, sigmoid, gelu = torch.relu, torch.tanh, torch.sigmoid, torch.nn.functional.gelu
+    return [
+        [nets.MLP((14,), relu, batch=large, noise=0.1 * noise), nets.MLP((8, 8), tanh, batch=small, features=10),
+         nets.Attention(6, 5, 6, batch=large // 2), nets.Linear(10, 4, batch=small, noise=0.4 * noise),
+         nets.MLP((8,), sigmoid, regression=True, outputs=2, noise=0.3 * noise), paper.Quadratic(20),
+         _function("rosenbrock"), paper.Norm(12, 1.5)],
+        [nets.Conv((4, 4), batch=small // 2, noise=0.1 * noise), nets.MLP((10, 10, 10), relu, features=8, batch=large),
+         nets.Autoencoder((6, 3, 6), features=8, batch=small), nets.Recurrent(6, 5, 8, batch=large, noise=0.2 * noise),
+         nets.Linear(8, 1, regression=True, batch=small, noise=0.5 * noise), paper.Bowl(5.0),
+         Rescaled(paper.Quadratic(12), (0.03, 30.0)), _function("ackley"), _function("branin")],
+        [nets.MLP((8, 8, 8), relu, nets.batch_norm, residual=True, features=8, batch=large, noise=0.2 * noise),
+         nets.NextToken(10, 5, batch=small), nets.MLP((16,), gelu, features=9, batch=small, noise=0.3 * noise),
+         nets.MLP((6, 6, 6, 6), relu, features=6, outputs=3, batch=large), paper.Quadratic(10),
+         Sparse(paper.Quadratic(10), 0.9), _function("beale"), _function("styblinski_tang"), paper.MatMul(2, 7)],
+        [nets.MLP((10, 6), tanh, nets.layer_norm, batch=large, noise=0.1 * noise), nets.Attention(5, 6, 6, batch=small),
+         nets.Autoencoder((4,), relu, features=10, batch=large),
+         nets.MLP((12, 12), relu, features=6, outputs=2, regression=True, batch=small, noise=0.2 * noise),
+         nets.Linear(12, 6, batch=large, noise=0.1 * noise), _function("booth"),
+         _function("michalewicz"), Sum(paper.Quadratic(5), paper.Norm(6, 3.0), _function("matyas"))],
+        [nets.Conv((3, 5), norm=False, batch=small // 2), nets.MLP((20,), relu, batch=small, noise=0.4 * noise),
+         nets.MLP((8, 8), sigmoid, features=8, outputs=3, batch=large), nets.Recurrent(5, 6, 6, batch=small),
+         nets.MLP((6, 6), gelu, nets.batch_norm, features=10, batch=small), paper.Quadratic(30), paper.Bowl(0.1, 0.7),
+         _function("logsumexp")],
+        [nets.MLP((7, 7, 7, 7, 7), relu, residual=True, features=7, batch=large, noise=0.1 * noise),
+         nets.MLP((24,), tanh, features=6, outputs=1, regression=True, batch=large), nets.NextToken(8, 4, batch=large),
+         nets.Linear(16, 8, batch=small, noise=0.2 * noise), nets.Conv((4,), batch=small // 2, noise=0.3 * noise),
+         Rescaled(nets.MLP((8,), relu, features=8, batch=large), (0.1, 10.0)), paper.Norm(14, 2.0),
+         _function("rosenbrock")],
+    ]
+
+
+def clean_mixes() -> list[list[Task]]:
+    """Little label noise, large minibatches."""
+    return _mixes(0.2, (24, 48))
+
+
+def noisy_mixes() -> list[list[Task]]:
+    """Label noise up to 40 %, minibatches down to 6."""
+    return _mixes(1.0, (12, 32))
+
+
+def paper_mixes() -> list[list[Task]]:
+    """Each of the original's 101 tasks alone."""
+    return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
+
+
+SHIPPED_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30)
+
+DEFAULT = Recipe(
+    config=SHIPPED_CONFIG,
+    minutes=16,
+    stages=(
+        Stage("backprop", 480, clean_mixes, "bptt", rows=8, unroll=Draw(15, 27), episode=Draw(50, 300),
+              lr=2e-3, warmup=30, final_lr=0.05),
+        Stage("evolve", 640, clean_mixes, "pes", rows=16, unroll=Draw(30), episode=Draw(100, 2000),
+              lr=1e-3, objective=Objective(floor=1e-3, cap=4.0)),
+        Stage("evolve-noisy", 720, noisy_mixes, "pes", rows=32, unroll=Draw(30), episode=Draw(100, 2000),
+              lr=4e-4, final_lr=0.05, objective=Objective(floor=3e-3, cap=2.0)),
+    ),
+)
+
+# The original draws initial log learning rates as u + o, uniform in [-6.9, -2.3] each; here they have the same mean and
+# standard deviations.
+PAPER = Recipe(
+    config=HRNNConfig(global_input="last"),
+    minutes=600,
+    stages=(
+        Stage("paper", 200_000, paper_mixes, "bptt", rows=1, unroll=Draw(50, mean=200), episode=Draw(1, mean=40),
+              clock="unrolls", optimizer="rmsprop", lr=1e-6, clip=1e4, objective=PaperObjective(), full_loss=True,
+              second_order=True, sampled=5, augment=Augment((1e-4, 1e-4), 1.33, 1.33, loss_scale=(1.0, 1.0))),
+    ),
+)
+
+RECIPES = {"default": DEFAULT, "paper": PAPER}

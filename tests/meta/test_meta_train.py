@@ -1,0 +1,243 @@
+"""The loop and the command: learning, exact resume after kill -9, user tasks, errors."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lopt import HRNN, HRNNConfig, MetaParams, cli
+from lopt.meta import recipe as recipes
+from lopt.meta import validate
+from lopt.meta.meta_train import COLUMNS, MetaTraining, TFRMSProp
+from lopt.meta.recipe import Recipe, Stage
+from lopt.meta.tasks import Task, networks, paper
+from lopt.meta.unroll import Augment, Draw, Objective
+from lopt.train.loop import StopRequest
+
+CONFIG = HRNNConfig(level_sizes=(3, 3, 3), timescales=2, ms_eps=1e-24, rms_eps=1e-30)
+
+
+def mixes() -> list[list[Task]]:
+    return [[paper.Quadratic(4), networks.Linear(4, 3, samples=24, batch=8)], [paper.Bowl(5.0)]]
+
+
+def tiny(**options: object) -> Recipe:
+    common = {"mixes": mixes, "rows": 4, "unroll": Draw(4, 7), "episode": Draw(8, 20), "lr": 1e-3}
+    return Recipe(
+        CONFIG,
+        (
+            Stage("first", 6, estimator="bptt", warmup=2, **common),
+            Stage("second", 6, estimator="pes", final_lr=0.1, objective=Objective(cap=2.0), **common),
+            Stage("third", 3, estimator="bptt", optimizer="rmsprop", second_order=True, sampled=1, **common),
+        ),
+        minutes=1,
+        validate_every=1000,
+        **options,
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick_validation(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MetaTraining, "_validate", lambda self: (self.flat.sum().item(), 0.0))
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    whole = MetaTraining(tiny(), 0)
+    while not whole.finished:
+        whole.meta_step()
+    resumed = MetaTraining(tiny(), 0)
+    while not resumed.finished:
+        for _ in range(2):
+            if not resumed.finished:
+                resumed.meta_step()
+        resumed.save(tmp_path)
+        following = MetaTraining(tiny(), 1)
+        following.load_state_dict(recipes_checkpoint(tmp_path))
+        resumed = following
+    assert torch.equal(whole.flat, resumed.flat)
+    # All but the time taken.
+    assert [row[:5] + row[7:] for row in whole.rows] == [row[:5] + row[7:] for row in resumed.rows]
+    assert not torch.equal(whole.flat, MetaTraining(tiny(), 1).flat)
+
+
+def recipes_checkpoint(folder: Path) -> dict:
+    from lopt.train import checkpoint
+
+    return checkpoint.load(folder / "checkpoint.pt")
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_meta_train as t
+from lopt.meta import meta_train
+meta_train.CHECKPOINT_SECONDS = 0
+meta_train.draw = lambda *args: None
+meta_train.MetaTraining._validate = lambda self: (self.flat.sum().item(), 0.0)
+training = t.MetaTraining(t.longer(), 0)
+folder = Path(sys.argv[1])
+if (folder / "checkpoint.pt").exists():
+    training.load_state_dict(t.recipes_checkpoint(folder))
+with t.StopRequest() as stop:
+    training.run(folder, stop)
+"""
+
+
+def longer() -> Recipe:
+    return tiny().scaled(3)
+
+
+def test_run_survives_kill_9(tmp_path):
+    script = RUNNER.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    folder.mkdir()
+    whole.mkdir()
+
+    def begin(where: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", script, str(where)], env=environment, stderr=subprocess.PIPE)
+
+    process = begin(folder)
+    for _ in range(600):
+        if (folder / "checkpoint.pt").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = recipes_checkpoint(folder)["done"]
+    assert 0 < done < longer_total()
+    for where in (folder, whole):
+        process = begin(where)
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors.decode()
+    first, second = (recipes_checkpoint(where) for where in (folder, whole))
+    assert first["done"] == second["done"] == longer_total()
+    assert torch.equal(first["flat"], second["flat"])
+
+
+def longer_total() -> int:
+    return MetaTraining(longer(), 0).total
+
+
+def test_meta_training_learns(tmp_path):
+    """On one task, from too small learning rates: the meta-loss falls."""
+    stage = Stage(
+        "only",
+        60,
+        lambda: [[paper.Quadratic(3)]],
+        "bptt",
+        rows=16,
+        unroll=Draw(10),
+        episode=Draw(10),
+        lr=1e-2,
+        augment=Augment((1e-3, 1e-3), 0.0, 0.0),
+    )
+    training = MetaTraining(Recipe(CONFIG, (stage,), 1), 0)
+    losses = [training.meta_step().loss for _ in range(60)]
+    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.2
+
+
+VALLEY = """
+from lopt.meta.tasks import Task
+
+
+class Valley(Task):
+    shapes = ((2,),)
+
+    def instance(self, count, random):
+        return {"steepness": random.uniform(count, low=1, high=100)}
+
+    def loss(self, params, data):
+        x, y = params[0].unbind(-1)
+        return data["steepness"] * (y - x**2) ** 2 + (1 - x) ** 2
+"""
+
+
+def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(recipes.RECIPES, "default", tiny())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_valley.py").write_text(VALLEY)
+    out = tmp_path / "run"
+    assert cli.main(["meta-train", "--tasks", "my_valley:Valley", "--out", str(out), "--seed", "3"]) == 0
+    header, *rows = (out / "metrics.csv").read_text().splitlines()
+    assert header == ",".join(COLUMNS)
+    assert [row.split(",")[1] for row in rows] == ["first", "second", "second", "third"]
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "metrics.csv",
+        "curves.png",
+        "checkpoint.pt",
+        "meta.safetensors",
+        "best.safetensors",
+    }
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = HRNN([weight], meta=str(out / "meta.safetensors"))
+    weight.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3))
+    assert cli.main(["meta-train", "--resume", str(out)]) == 0
+    assert cli.main(["meta-train", "--resume", str(out), "--seed", "4"]) == 2
+    assert "--seed cannot change" in capsys.readouterr().err
+    assert cli.main(["meta-train", "--out", str(out)]) == 2
+    assert cli.main(["meta-train", "--tasks", "my_valley:Hill"]) == 2
+    assert cli.main(["meta-train", "--tasks", "torch:Tensor"]) == 2
+    assert "not a lopt.meta.tasks.Task" in capsys.readouterr().err
+    assert cli.main(["meta-train", "--resume", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_stop_request_leaves_a_checkpoint(tmp_path):
+    training = MetaTraining(tiny(), 0)
+    with StopRequest() as stop:
+        stop.received = signal.SIGTERM
+        assert not training.run(tmp_path, stop)
+    assert recipes_checkpoint(tmp_path)["done"] == 0
+
+
+def test_recipes_scale_to_other_durations():
+    for recipe in recipes.RECIPES.values():
+        half = recipe.scaled(recipe.minutes / 2)
+        for ours, full in zip(half.stages, recipe.stages, strict=True):
+            assert ours.meta_steps == pytest.approx(full.meta_steps / 2, abs=1)
+            assert ours.lr_at(ours.meta_steps) == pytest.approx(full.lr_at(full.meta_steps))
+    assert recipes.DEFAULT.scaled(None) is recipes.DEFAULT
+    first = recipes.DEFAULT.stages[0]
+    assert first.lr_at(0) < 0.1 * first.lr
+    assert first.lr_at(first.meta_steps) == pytest.approx(first.final_lr * first.lr)
+
+
+def test_every_stage_of_every_recipe_takes_a_step():
+    for recipe in recipes.RECIPES.values():
+        for stage in recipe.stages:
+            short = dataclasses.replace(stage, rows=2, unroll=Draw(2), meta_steps=100)
+            training = MetaTraining(dataclasses.replace(recipe, stages=(short,)), 0)
+            for _ in range(min(6, len(training.mixes))):
+                estimate = training.meta_step()
+                assert estimate.losses.isfinite().all()
+            assert training.flat.isfinite().all()
+
+
+def test_rmsprop_is_the_originals():
+    config = HRNNConfig(level_sizes=(2,), timescales=2)
+    flat = MetaParams.init(config).flat()
+    after = TFRMSProp(config, clip=1e4).step(flat, torch.full_like(flat, 2e4), 1e-6)
+    torch.testing.assert_close(after, flat - 1e-6 * 1e4 / (0.9 + 0.1 * 1e8) ** 0.5)
+
+
+def test_validation_is_the_same_for_all_rates_of_adam_and_finds_the_best_one():
+    tasks = [paper.Quadratic(4), networks.Linear(6, 3, samples=64)]
+    losses = validate.adam(tasks, 60, rates=(1e-4, 1e-2, 1e-1))
+    assert losses.shape == (3, 60, 2, 2)
+    torch.testing.assert_close(losses[0, 0], losses[2, 0])
+    final = torch.stack([validate.scores(values).final for values in losses])
+    assert (final[2] < final[0]).all()
+    ours = validate.learned(MetaParams.init(CONFIG), tasks, 60)
+    torch.testing.assert_close(ours[0], validate.learned(MetaParams.init(CONFIG, 5), tasks, 60)[0])
