@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -14,11 +15,16 @@ import torch
 
 from lopt import __version__
 from lopt.meta.meta_train import MetaTraining
-from lopt.meta.recipe import RECIPES
+from lopt.meta.recipe import RECIPES, Recipe
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
 from lopt.train.loop import StopRequest
+
+DEFAULTS: dict[str, Any] = {
+    "recipe": "default", "minutes": None, "stages": None, "seed": 0, "tasks": [], "start": None,
+    "device": "cpu", "threads": 1,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="scale the recipe to about M minutes on one core (the same meta-steps on every machine)",
     )
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages of the recipe")
     parser.add_argument("--seed", type=int, metavar="N", help="of everything (default 0)")
-    parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="further tasks to train on")
+    parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="train on these tasks too")
     parser.add_argument("--start", metavar="NAME|FILE", help="meta-parameters to go on from (default: untrained)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="on a CPU (default 1)")
@@ -47,15 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """
     for package in ("matplotlib", "tqdm"):
         importlib.import_module(package)
-    options: dict[str, Any] = {
-        "recipe": "default",
-        "minutes": None,
-        "seed": 0,
-        "tasks": [],
-        "start": None,
-        "device": "cpu",
-        "threads": 1,
-    }
+    options = dict(DEFAULTS)
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     folder = args.resume
     if folder is None:
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         options |= given
     torch.set_num_threads(options["threads"])
     training = MetaTraining(
-        RECIPES[options["recipe"]].scaled(options["minutes"]),
+        _recipe(options),
         options["seed"],
         options["device"],
         [load_task(name) for name in options["tasks"]],
@@ -109,6 +108,16 @@ def load_task(name: str) -> Task:
     return task
 
 
+def _recipe(options: dict[str, Any]) -> Recipe:
+    recipe = RECIPES[options["recipe"]].scaled(options["minutes"])
+    if options["stages"] is None:
+        return recipe
+    named = {stage.name: stage for stage in recipe.stages}
+    if unknown := [name for name in options["stages"] if name not in named]:
+        raise TrainError(f"--stages {unknown[0]}: the recipe {options['recipe']!r} has {', '.join(named)}")
+    return dataclasses.replace(recipe, stages=tuple(named[name] for name in options["stages"]))
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -119,9 +128,7 @@ def _positive(text: str) -> float:
 def _saved_options(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {
-            name: content[name] for name in ("recipe", "minutes", "seed", "tasks", "start", "device", "threads")
-        }
+        return {name: content[name] for name in DEFAULTS}
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
 

@@ -236,8 +236,9 @@ class MetaTraining:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of `state_dict`, into a run of the same recipe, tasks and device."""
-        saved = dict(saved)
-        worlds, optimizer, generator = (saved.pop(name) for name in ("worlds", "optimizer", "generator"))
+        generator = saved["generator"]
+        saved = dict(_moved(saved, self.device))
+        worlds, optimizer = (saved.pop(name) for name in ("worlds", "optimizer"))
         for name in ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best"):
             setattr(self, name, saved[name])
         self.pending = [(loss, norm, count) for loss, norm, count in self.pending]
@@ -308,6 +309,15 @@ class MetaTraining:
         self.meta.save(folder / "meta.safetensors", card={"meta_step": str(self.done)})
         if self.rows:
             draw(folder / "curves.png", self.rows)
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    """Dicts, lists and tuples with their tensors on a device."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _moved(value, device) for key, value in tree.items()}
+    return type(tree)(_moved(value, device) for value in tree) if isinstance(tree, list | tuple) else tree
 
 
 def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:

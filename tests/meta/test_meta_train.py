@@ -188,6 +188,8 @@ def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path,
     assert "--seed cannot change" in capsys.readouterr().err
     assert cli.main(["meta-train", "--out", str(out)]) == 2
     assert cli.main(["meta-train", "--tasks", "my_valley:Hill"]) == 2
+    assert cli.main(["meta-train", "--stages", "fourth"]) == 2
+    assert "has first, second, third" in capsys.readouterr().err
     assert cli.main(["meta-train", "--tasks", "torch:Tensor"]) == 2
     assert "not a lopt.meta.tasks.Task" in capsys.readouterr().err
     assert cli.main(["meta-train", "--resume", str(tmp_path / "none")]) == 2
