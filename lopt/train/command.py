@@ -281,7 +281,8 @@ def _write_config(config: Config, folder: Path) -> None:
     try:
         config.save(folder / "config.json")
     except OSError as error:
-        raise TrainError(f"run folder {str(folder)!r} cannot be written ({error}): make it writable, or choose another") from error
+        text = f"run folder {str(folder)!r} cannot be written ({error}): make it writable, or choose another"
+        raise TrainError(text) from error
 
 
 def _announce(training: Training, folder: Path) -> None:
