@@ -159,15 +159,6 @@ class HRNN(Optimizer):
         for options in (self.defaults, *self.param_groups):
             for name, default in OPTIONS.items():
                 options.setdefault(name, self.defaults.get(name, default))
-        self._share_global_hidden()
-
-    def _share_global_hidden(self) -> None:
-        """Make the states of all parameters on a device hold the same global tensor, as copies and loads undo."""
-        shared: dict[torch.device, Tensor] = {}
-        for state in self.state.values():
-            if "global_hidden" in state:
-                hidden = state["global_hidden"]
-                state["global_hidden"] = shared.setdefault(hidden.device, hidden)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of what `state_dict` returned. The state stays float32, whatever the parameters' dtype is.
@@ -190,9 +181,11 @@ class HRNN(Optimizer):
             return {**state_dict, "state": rest}
 
         def put(_: Optimizer) -> None:
+            shared: dict[torch.device, Tensor] = {}
             for param, state in loaded.items():
-                self.state[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
-            self._share_global_hidden()
+                own = self.state[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
+                if "global_hidden" in own:
+                    own["global_hidden"] = shared.setdefault(param.device, own["global_hidden"])
 
         hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True)
         try:

@@ -227,8 +227,10 @@ def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
     ({"backend": "abacus"}, "backend='abacus' is not one of .*reference"),
 ])
 def test_construction_refuses_what_it_cannot_do(options, message):
-    with pytest.raises(ValueError, match=message):
-        HRNN([nn.Parameter(torch.zeros(2))], **options)
+    param = nn.Parameter(torch.zeros(2))
+    for params in ([param], [{"params": [param], "lr": 1.0, "init_lr": 1e-3, "weight_decay": 0.0}]):
+        with pytest.raises(ValueError, match=message):
+            HRNN(params, **options)
 
 
 @pytest.mark.parametrize(("params", "error", "message"), [
@@ -743,6 +745,22 @@ def test_loading_shares_no_memory_with_the_dictionary(place):
     train(target, range(2, 4))
     assert_same(content(source), before)
     assert len({id(state["global_hidden"]) for state in target.state.values()}) == 1
+
+
+def test_loaded_state_is_put_into_the_memory_order_of_its_parameter(place):
+    source, target = place.hrnn(place.params()), place.hrnn(place.params())
+    train(source, 2)
+    saved = copy.deepcopy(source.state_dict())
+    for state in saved["state"].values():
+        for name in ("accum", "ms", "log_lr"):
+            state[name] = torch.stack([state[name]] * 2, -1)[..., 0]
+    target.load_state_dict(saved)
+    assert all(state[name].is_contiguous() for state in target.state.values() for name in ("accum", "ms", "log_lr"))
+    for param, moved in zip(target.state, source.state, strict=True):
+        param.data.copy_(moved)
+    for optimizer in (source, target):
+        train(optimizer, range(2, 4))
+    assert_same(content(source), content(target))
 
 
 def test_state_saved_before_the_first_step_loads(place):
