@@ -1,7 +1,7 @@
 """One step of the hierarchical-RNN optimizer in four Triton kernels, each for all tensors of a model at once.
 
-What they compute is defined by lopt/backends/reference.py; order, letters and the liberties taken with the arithmetic are
-those of csrc/hrnn_step.h. lopt/backends/triton.py packs the meta-parameters, keeps the tables and launches.
+What they compute is defined by lopt/backends/reference.py; order, letters and the liberties taken with the arithmetic
+are those of csrc/hrnn_step.h. lopt/backends/triton.py packs the meta-parameters, keeps the tables and launches.
 
     prepare     looks for non-finite gradients; per tensor: injected bias and what else the parameters of a tensor share
     advance     per parameter: features, GRU, read-outs; the last chunk of a tensor to finish adds up the tensor's sums
@@ -9,12 +9,12 @@ those of csrc/hrnn_step.h. lopt/backends/triton.py packs the meta-parameters, ke
     apply       per parameter: move, decay the weights
 
 How the work is cut: a tensor into chunks of a few tiles of BLOCK parameters, a program per chunk (per tensor in
-`summarise`). Within a tile every quantity is a [BLOCK] vector; of meta-parameters, four scalars are read at a time. Tensors
-are reached through a table of addresses, int64 [columns, tensors], so that their number does not change the number of
-launches. Sums over a tensor are of partial sums per chunk, in the order of the chunks: two runs are bitwise equal.
+`summarise`). Within a tile every quantity is a [BLOCK] vector; meta-parameters are scalars, read four at a time.
+Tensors are reached through a table of addresses, int64 [columns, tensors]: their number does not change the number
+of launches. Sums over a tensor are of partial sums per chunk, in the order of the chunks: two runs are bitwise equal.
 
-What moves through memory, in bytes per parameter with a float32 gradient and parameter: prepare 4 (the gradient), advance
-160 (gradient 4, state in and out 2 * 76, update 4), apply 12.
+What moves through memory, in bytes per parameter with a float32 gradient and parameter: prepare 4 (the gradient),
+advance 160 (gradient 4, state in and out 2 * 76, update 4), apply 12.
 
 Tests: tests/kernels/test_hrnn.py. Registers and instructions: `python -m lopt.bench.sass`. Time: `lopt bench step`.
 """
@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def inlined(function):
-    """A function that kernels call; Triton's interpreter runs it as it is, much faster than as a kernel within a kernel."""
+    """A function that kernels call. Triton's interpreter runs it as it is: faster than as a kernel within a kernel."""
     return function if triton.knobs.runtime.interpret else triton.jit(function)
 
 
@@ -39,15 +39,16 @@ ROWS = tl.constexpr(21)  # inputs of a gate: hidden state, then features; the op
 ROWS_WITHOUT_PRODUCTS = tl.constexpr(18)
 FEATURES = tl.constexpr(11)  # scaled averages 4 | binary log of root mean squares 3 | relative log lr | products 3
 
-# Meta-parameters of the parameter level, float32 [WEIGHTS]. Weights into a sigmoid carry a factor -log2(e), into the tanh
-# -2 log2(e); those of the log mean squares -2 ln(2), as the feature is log2(rms_4 / rms_s).
+# Meta-parameters of the parameter level, float32 [WEIGHTS]. Weights into a sigmoid carry a factor -log2(e), into the
+# tanh -2 log2(e); those of the log mean squares -2 ln(2), as the feature is log2(rms_4 / rms_s).
 RESET = tl.constexpr(0)  # [PAIRS, ROWS + 1, 2] reset gates of two units; the last row is padding
 UPDATE = tl.constexpr(220)  # [PAIRS, ROWS, 4] update gates of two units, candidates of two units
 READOUT = tl.constexpr(640)  # [HIDDEN, 4] direction, log lr, attention, padding
 DECAYS = tl.constexpr(680)  # [HIDDEN, 2] grad decay, scale decay
 SHORTCUT = tl.constexpr(700)  # [2, TIMESCALES] direction, attention
-SCALARS = tl.constexpr(708)  # grad decay bias, scale decay bias, log lr bias, momentum; log2 of the step's offset, attention
-#                              factor, ms eps, rms eps; log lr min, log lr max, padding 2
+# Biases of grad decay, scale decay, log lr; momentum; log2 of the step's offset, attention factor, ms eps, rms eps;
+# log lr min, log lr max, padding 2.
+SCALARS = tl.constexpr(708)
 WEIGHTS = tl.constexpr(720)
 
 # What the parameters of a tensor share, float32 [tensors, SHARED], written by `prepare`.
@@ -111,8 +112,26 @@ LARGEST = tl.constexpr(60.0)  # bound of binary exponents: products of two power
 
 # One compiled kernel serves all numbers of tensors and all alignments.
 POINTERS = [
-    "table", "chunks", "shared", "bias", "from_tensor", "from_global", "global_hidden", "skip", "grad_scale", "weights", "update",
-    "attention_update", "partials", "tickets", "sums", "levels", "scale", "scratch", "ticket"]
+    "table",
+    "chunks",
+    "shared",
+    "bias",
+    "from_tensor",
+    "from_global",
+    "global_hidden",
+    "skip",
+    "grad_scale",
+    "weights",
+    "update",
+    "attention_update",
+    "partials",
+    "tickets",
+    "sums",
+    "levels",
+    "scale",
+    "scratch",
+    "ticket",
+]
 
 
 @inlined
@@ -169,10 +188,20 @@ def asinh(x):
 def load_four(address, index: tl.constexpr):
     """Four consecutive float32 scalars; `index` is a multiple of 4."""
     if INTERPRETED:
-        return tl.load(address + index), tl.load(address + index + 1), tl.load(address + index + 2), tl.load(address + index + 3)
+        return (
+            tl.load(address + index),
+            tl.load(address + index + 1),
+            tl.load(address + index + 2),
+            tl.load(address + index + 3),
+        )
     return tl.inline_asm_elementwise(
-        "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [address.to(tl.int64) + index * 4],
-        (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1)
+        "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];",
+        "=f,=f,=f,=f,l",
+        [address.to(tl.int64) + index * 4],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @inlined
@@ -270,20 +299,47 @@ def last_to_finish(ticket, count):
 
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
 def prepare(
-    table, tensors, chunks, shared, bias, from_tensor, from_global, global_hidden, skip, grad_scale, LIMIT: tl.constexpr,
-    TENSOR_SIZE: tl.constexpr, GLOBAL_SIZE: tl.constexpr, PROBLEM: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+    table,
+    tensors,
+    chunks,
+    shared,
+    bias,
+    from_tensor,
+    from_global,
+    global_hidden,
+    skip,
+    grad_scale,
+    LIMIT: tl.constexpr,
+    TENSOR_SIZE: tl.constexpr,
+    GLOBAL_SIZE: tl.constexpr,
+    PROBLEM: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Programs below `tensors` each serve a tensor; the others each look at the gradients of a chunk.
 
     table: int64 [ADVANCE_COLUMNS, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
     bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
-    global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with. skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
+    global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
+    skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
     PROBLEM: the log lr is taken relative to the mean over all tensors, otherwise over its own.
     """
     program = tl.program_id(0)
     if program < tensors:
-        share(table, tensors, program, shared, bias, from_tensor, from_global, global_hidden, TENSOR_SIZE, GLOBAL_SIZE, PROBLEM)
+        share(
+            table,
+            tensors,
+            program,
+            shared,
+            bias,
+            from_tensor,
+            from_global,
+            global_hidden,
+            TENSOR_SIZE,
+            GLOBAL_SIZE,
+            PROBLEM,
+        )
     elif tl.load(skip) == 0:
         chunk = program - tensors
         tensor = tl.load(chunks + chunk)
@@ -303,8 +359,17 @@ def prepare(
 
 @inlined
 def share(
-    table, tensors, tensor, shared, bias, from_tensor, from_global, global_hidden, TENSOR_SIZE: tl.constexpr,
-    GLOBAL_SIZE: tl.constexpr, PROBLEM: tl.constexpr
+    table,
+    tensors,
+    tensor,
+    shared,
+    bias,
+    from_tensor,
+    from_global,
+    global_hidden,
+    TENSOR_SIZE: tl.constexpr,
+    GLOBAL_SIZE: tl.constexpr,
+    PROBLEM: tl.constexpr,
 ):
     """Write a tensor's row of `shared` from the tensor and global states before the step."""
     row = shared + tensor.to(tl.int64) * SHARED
@@ -313,7 +378,14 @@ def share(
     value = tl.load(bias + j)
     if TENSOR_SIZE > 0:
         value = add_product(
-            value, floats(column(table, TENSOR_HIDDEN, tensors, tensor)), TENSOR_SIZE, from_tensor, BIASES, j, everywhere)
+            value,
+            floats(column(table, TENSOR_HIDDEN, tensors, tensor)),
+            TENSOR_SIZE,
+            from_tensor,
+            BIASES,
+            j,
+            everywhere,
+        )
     if GLOBAL_SIZE > 0:
         value = add_product(value, global_hidden, GLOBAL_SIZE, from_global, BIASES, j, everywhere)
     tl.store(row + BIAS + j, value)
@@ -399,7 +471,10 @@ def reset_hidden(inputs, shared, weights, COUNT: tl.constexpr):
             if row + 1 < COUNT:
                 z0 = inputs[row + 1] * b0 + z0
                 z1 = inputs[row + 1] * b1 + z1
-        result = result + (inputs[2 * pair] * reciprocal(exp2(z0) + 1.0), inputs[2 * pair + 1] * reciprocal(exp2(z1) + 1.0))
+        result = result + (
+            inputs[2 * pair] * reciprocal(exp2(z0) + 1.0),
+            inputs[2 * pair + 1] * reciprocal(exp2(z1) + 1.0),
+        )
     return result
 
 
@@ -441,9 +516,22 @@ def accumulate(total, value, exists, THREADS: tl.constexpr):
 
 @inlined
 def advance_tile(
-    totals, tensor, n, start, count, factor, weights, shared, update, attention_update, KIND: tl.constexpr,
-    ATTENTION: tl.constexpr, GRADIENT_SHORTCUT: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr
+    totals,
+    tensor,
+    n,
+    start,
+    count,
+    factor,
+    weights,
+    shared,
+    update,
+    attention_update,
+    KIND: tl.constexpr,
+    ATTENTION: tl.constexpr,
+    GRADIENT_SHORTCUT: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Advance `count` <= BLOCK parameters from `start` on; returns `totals` with them added.
 
@@ -547,16 +635,34 @@ def add_partials(partials, count, out, columns):
     for begin in range(0, count, 64):
         i = begin + tl.arange(0, 64)
         total += tl.load(
-            partials + i[:, None] * PARTIALS + j[None, :], mask=(i < count)[:, None] & (j < columns)[None, :], other=0.0,
-            cache_modifier=".cg")
+            partials + i[:, None] * PARTIALS + j[None, :],
+            mask=(i < count)[:, None] & (j < columns)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
     tl.store(out + j, tl.sum(total, 0), mask=j < columns)
 
 
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
 def advance(
-    table, tensors, chunks, weights, shared, skip, grad_scale, update, attention_update, partials, tickets, sums,
-    KIND: tl.constexpr, ATTENTION: tl.constexpr, GRADIENT_SHORTCUT: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr
+    table,
+    tensors,
+    chunks,
+    weights,
+    shared,
+    skip,
+    grad_scale,
+    update,
+    attention_update,
+    partials,
+    tickets,
+    sums,
+    KIND: tl.constexpr,
+    ATTENTION: tl.constexpr,
+    GRADIENT_SHORTCUT: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """A program per chunk.
 
@@ -576,9 +682,13 @@ def advance(
     end = tl.minimum(begin + size, n)
     factor = gradient_factor(grad_scale, column(table, SIGN, tensors, tensor))
     addresses = (
-        column(table, GRAD, tensors, tensor), column(table, GRAD_KIND, tensors, tensor),
-        floats(column(table, HIDDEN_STATE, tensors, tensor)), floats(column(table, ACCUM, tensors, tensor)),
-        floats(column(table, MS, tensors, tensor)), floats(column(table, LOG_LR, tensors, tensor)))
+        column(table, GRAD, tensors, tensor),
+        column(table, GRAD_KIND, tensors, tensor),
+        floats(column(table, HIDDEN_STATE, tensors, tensor)),
+        floats(column(table, ACCUM, tensors, tensor)),
+        floats(column(table, MS, tensors, tensor)),
+        floats(column(table, LOG_LR, tensors, tensor)),
+    )
     shift = column(table, OFFSET, tensors, tensor)
     if ATTENTION:
         attention_update += shift
@@ -587,8 +697,23 @@ def advance(
         totals = totals + (tl.zeros([THREADS], tl.float32),)
     for start in range(begin, end, BLOCK):
         totals = advance_tile(
-            totals, addresses, n, start, (end - start).to(tl.int32), factor, weights, shared + tensor * SHARED, update + shift,
-            attention_update, KIND, ATTENTION, GRADIENT_SHORTCUT, COUNT, BLOCK, THREADS)
+            totals,
+            addresses,
+            n,
+            start,
+            (end - start).to(tl.int32),
+            factor,
+            weights,
+            shared + tensor * SHARED,
+            update + shift,
+            attention_update,
+            KIND,
+            ATTENTION,
+            GRADIENT_SHORTCUT,
+            COUNT,
+            BLOCK,
+            THREADS,
+        )
     store_partials(partials + chunk.to(tl.int64) * PARTIALS, totals, ATTENTION, COUNT)
     count = column(table, CHUNK_COUNT, tensors, tensor)
     if last_to_finish(tickets + tensor, count):
@@ -599,50 +724,73 @@ def advance(
 
 @inlined
 def gru(
-    x, h, scratch, weights, from_above, INPUTS: tl.constexpr, SIZE_: tl.constexpr, ABOVE: tl.constexpr, WIDTH: tl.constexpr
+    x,
+    h,
+    scratch,
+    weights,
+    from_above,
+    INPUTS: tl.constexpr,
+    UNITS: tl.constexpr,
+    ABOVE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """New state [WIDTH] of a GRU whose reset gate multiplies the state before the matrix product.
 
-    x: [INPUTS]. h: [SIZE_], not written. scratch: [WIDTH].
-    weights: gates [INPUTS + SIZE_, 2 * SIZE_] and bias, candidate [INPUTS + SIZE_, SIZE_] and bias and, with ABOVE > 0,
-    injection [ABOVE, 3 * SIZE_] and bias, one behind the other. from_above: [ABOVE], the state that is injected.
+    x: [INPUTS]. h: [UNITS], not written. scratch: [WIDTH].
+    weights: gates [INPUTS + UNITS, 2 * UNITS] and bias, candidate [INPUTS + UNITS, UNITS] and bias and, with ABOVE > 0,
+    injection [ABOVE, 3 * UNITS] and bias, one behind the other. from_above: [ABOVE], the state that is injected.
     """
     j = tl.arange(0, WIDTH)
-    keep = j < SIZE_
-    gates_bias = weights + (INPUTS + SIZE_) * 2 * SIZE_
-    candidate_weight = gates_bias + 2 * SIZE_
-    candidate_bias = candidate_weight + (INPUTS + SIZE_) * SIZE_
+    keep = j < UNITS
+    gates_bias = weights + (INPUTS + UNITS) * 2 * UNITS
+    candidate_weight = gates_bias + 2 * UNITS
+    candidate_bias = candidate_weight + (INPUTS + UNITS) * UNITS
     reset = tl.load(gates_bias + j, mask=keep, other=0.0)
-    update = tl.load(gates_bias + SIZE_ + j, mask=keep, other=0.0)
+    update = tl.load(gates_bias + UNITS + j, mask=keep, other=0.0)
     candidate = tl.load(candidate_bias + j, mask=keep, other=0.0)
     if ABOVE > 0:
-        injection = candidate_bias + SIZE_
-        injection_bias = injection + ABOVE * 3 * SIZE_
+        injection = candidate_bias + UNITS
+        injection_bias = injection + ABOVE * 3 * UNITS
         reset += tl.load(injection_bias + j, mask=keep, other=0.0)
-        update += tl.load(injection_bias + SIZE_ + j, mask=keep, other=0.0)
-        candidate += tl.load(injection_bias + 2 * SIZE_ + j, mask=keep, other=0.0)
-        reset = add_product(reset, from_above, ABOVE, injection, 3 * SIZE_, j, keep)
-        update = add_product(update, from_above, ABOVE, injection + SIZE_, 3 * SIZE_, j, keep)
-        candidate = add_product(candidate, from_above, ABOVE, injection + 2 * SIZE_, 3 * SIZE_, j, keep)
-    reset = add_product(reset, x, INPUTS, weights, 2 * SIZE_, j, keep)
-    update = add_product(update, x, INPUTS, weights + SIZE_, 2 * SIZE_, j, keep)
-    candidate = add_product(candidate, x, INPUTS, candidate_weight, SIZE_, j, keep)
-    hidden_rows = weights + INPUTS * 2 * SIZE_
-    reset = add_product(reset, h, SIZE_, hidden_rows, 2 * SIZE_, j, keep)
-    update = add_product(update, h, SIZE_, hidden_rows + SIZE_, 2 * SIZE_, j, keep)
+        update += tl.load(injection_bias + UNITS + j, mask=keep, other=0.0)
+        candidate += tl.load(injection_bias + 2 * UNITS + j, mask=keep, other=0.0)
+        reset = add_product(reset, from_above, ABOVE, injection, 3 * UNITS, j, keep)
+        update = add_product(update, from_above, ABOVE, injection + UNITS, 3 * UNITS, j, keep)
+        candidate = add_product(candidate, from_above, ABOVE, injection + 2 * UNITS, 3 * UNITS, j, keep)
+    reset = add_product(reset, x, INPUTS, weights, 2 * UNITS, j, keep)
+    update = add_product(update, x, INPUTS, weights + UNITS, 2 * UNITS, j, keep)
+    candidate = add_product(candidate, x, INPUTS, candidate_weight, UNITS, j, keep)
+    hidden_rows = weights + INPUTS * 2 * UNITS
+    reset = add_product(reset, h, UNITS, hidden_rows, 2 * UNITS, j, keep)
+    update = add_product(update, h, UNITS, hidden_rows + UNITS, 2 * UNITS, j, keep)
     old = tl.load(h + j, mask=keep, other=0.0)
     tl.store(scratch + j, old * tl.sigmoid(reset), mask=keep)
     tl.debug_barrier()  # every thread reads all of it
-    candidate = add_product(candidate, scratch, SIZE_, candidate_weight + INPUTS * SIZE_, SIZE_, j, keep)
+    candidate = add_product(candidate, scratch, UNITS, candidate_weight + INPUTS * UNITS, UNITS, j, keep)
     update = tl.sigmoid(update)
     return update * old + (1.0 - update) * (2.0 * tl.sigmoid(2.0 * candidate) - 1.0)
 
 
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
 def summarise(
-    table, tensors, sums, levels, global_hidden, skip, scale, scratch, ticket, EPS: tl.constexpr, INPUTS: tl.constexpr,
-    COLUMNS: tl.constexpr, SQUARES: tl.constexpr, ATTENTION: tl.constexpr, TENSOR_SIZE: tl.constexpr,
-    GLOBAL_SIZE: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr
+    table,
+    tensors,
+    sums,
+    levels,
+    global_hidden,
+    skip,
+    scale,
+    scratch,
+    ticket,
+    EPS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ATTENTION: tl.constexpr,
+    TENSOR_SIZE: tl.constexpr,
+    GLOBAL_SIZE: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """A program per tensor.
 
@@ -674,14 +822,24 @@ def summarise(
         tl.store(h + j, new, mask=j < TENSOR_SIZE)
         if GLOBAL_SIZE > 0:
             if last_to_finish(ticket, tensors):
-                advance_global(table, tensors, levels, global_hidden, scratch, INPUTS, TENSOR_SIZE, GLOBAL_SIZE, LAST, WIDTH)
+                advance_global(
+                    table, tensors, levels, global_hidden, scratch, INPUTS, TENSOR_SIZE, GLOBAL_SIZE, LAST, WIDTH
+                )
                 tl.store(ticket, 0)
 
 
 @inlined
 def advance_global(
-    table, tensors, levels, global_hidden, scratch, INPUTS: tl.constexpr, TENSOR_SIZE: tl.constexpr,
-    GLOBAL_SIZE: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr
+    table,
+    tensors,
+    levels,
+    global_hidden,
+    scratch,
+    INPUTS: tl.constexpr,
+    TENSOR_SIZE: tl.constexpr,
+    GLOBAL_SIZE: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """The global GRU, from the new states of the tensors."""
     j = tl.arange(0, WIDTH)
@@ -695,8 +853,11 @@ def advance_global(
             i = begin + tl.arange(0, 16)
             address = tl.load(states + i, mask=i < tensors, other=0)
             total += tl.load(
-                floats(address)[:, None] + j[None, :], mask=(i < tensors)[:, None] & keep[None, :], other=0.0,
-                cache_modifier=".cg")
+                floats(address)[:, None] + j[None, :],
+                mask=(i < tensors)[:, None] & keep[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
         x = tl.sum(total, 0) / tensors
     tl.store(scratch + WIDTH + j, x, mask=keep)
     tl.debug_barrier()
@@ -708,8 +869,16 @@ def advance_global(
 
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
 def apply(
-    table, tensors, chunks, update, attention_update, scale, skip, KIND: tl.constexpr, ATTENTION: tl.constexpr,
-    BLOCK: tl.constexpr
+    table,
+    tensors,
+    chunks,
+    update,
+    attention_update,
+    scale,
+    skip,
+    KIND: tl.constexpr,
+    ATTENTION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A program per chunk: p - min(1, lr * weight_decay * mean learned rate) * p - lr * scale * update.
 

@@ -1,28 +1,31 @@
 """The three stages as launches of the Triton kernels in kernels/hrnn.py, on a GPU.
 
-A stage of the contract (see lopt.backends.reference) is one launch, `advance` two: four launches a step however many
-tensors there are. What a launch needs from one step to the next, packed meta-parameters, tables of addresses and scratch
-memory, is kept with the buffer that the stage writes (`sums`, `scale`, `update`) and freed with it. Tables are compared on
-the host with what they have to hold and sent again where an address changed, as gradients' do, without synchronisation.
+A stage (see lopt.backends.reference) is one launch, `advance` two: four launches a step however many tensors there are.
+What a launch needs from one step to the next, packed meta-parameters, tables of addresses and scratch memory, is kept
+with the buffer that the stage writes (`sums`, `scale`, `update`) and freed with it. Tables are compared on the host
+with what they have to hold and sent again where an address changed, as gradients' do, without synchronisation.
 
-With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in Triton's interpreter, slowly, on
-CPU tensors: that is how tests/kernels/test_hrnn.py checks them without a GPU.
+With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in Triton's interpreter, slowly,
+on CPU tensors: that is how tests/kernels/test_hrnn.py checks them without a GPU.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lopt.backends import ops
 from lopt.backends.reference import sums_columns
 from lopt.config import DIRECTION_EPS, FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, GRADIENT_LIMIT, HRNNConfig
 from lopt.metaparams import MetaParams
@@ -31,10 +34,30 @@ from lopt.state import strides
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in lopt.kernels.hrnn
 MIXED = 4
 
-BLOCK, WARPS = 256, 4  # parameters of a tile of `advance`; its warps
-STREAM_BLOCK, STREAM_WARPS = 1024, 4  # of the kernels that only pass over memory
-TILES = 8, 64  # fewest and most tiles in a chunk: enough to pay for adding up its sums, and not too many partial sums
+
+class Tile(NamedTuple):
+    """What a kernel handles at a time: parameters, by how many warps, with at most how many registers per thread."""
+
+    block: int
+    warps: int
+    registers: int | None
+
+
+# Of `advance`: two parameters per thread, three programs per multiprocessor; `python -m lopt.bench.sass` shows others.
+TILE = Tile(256, 4, 168)
+STREAM = Tile(1024, 4, None)  # of the kernels that only pass over memory
+CHUNK = 2048, 16384  # fewest and most parameters: enough to pay for adding up the sums, and not too many partial sums
 CHUNKS_PER_TENSOR = 2048  # beyond which chunks grow
+
+NEEDED = {
+    "timescales": 4,
+    "log_ms_features": True,
+    "extreme_indicator": False,
+    "lr_shortcut": False,
+    "multiple_scale_decays": False,
+    "dynamic_output_scale": True,
+}  # what the kernels are written for; other options may have any value
+LARGEST_LEVEL = 1024  # hidden units
 
 LOG2_E = 1 / math.log(2)
 
@@ -54,29 +77,36 @@ def unusable() -> str | None:
         return f"torch {torch.__version__} finds no GPU"
     major, minor = torch.cuda.get_device_capability()
     if torch.version.hip is not None or major < 7:
-        return f"it is written for Nvidia GPUs of compute capability 7.0 or later, and this is {torch.cuda.get_device_name()} " \
-               f"({major}.{minor})"
+        return (
+            f"its kernels are for Nvidia GPUs of compute capability 7.0 or later, and this is "
+            f"{torch.cuda.get_device_name()} ({major}.{minor})"
+        )
     return None
 
 
 def unsupported(config: HRNNConfig) -> str | None:
     """Why this backend cannot run a configuration, or None."""
-    fixed = {
-        "level_sizes[0]": (config.hidden_size, 10), "timescales": (config.timescales, 4), "log_ms_features": (config.log_ms_features, True),
-        "dynamic_output_scale": (config.dynamic_output_scale, True), "extreme_indicator": (config.extreme_indicator, False),
-        "lr_shortcut": (config.lr_shortcut, False), "multiple_scale_decays": (config.multiple_scale_decays, False),
-    }
-    if wrong := [f"{name}={found}" for name, (found, needed) in fixed.items() if found != needed]:
-        return f"its kernels are not written for {', '.join(wrong)}"
+    obstacles = [
+        f"{name}={getattr(config, name)!r} instead of {value!r}"
+        for name, value in NEEDED.items()
+        if getattr(config, name) != value
+    ]
+    if config.hidden_size != 10:
+        obstacles.append(f"level_sizes[0]={config.hidden_size} instead of 10")
+    if max(config.level_sizes) > LARGEST_LEVEL:
+        obstacles.append(f"level_sizes={config.level_sizes} beyond {LARGEST_LEVEL}")
     if config.relative_log_lr is None:
-        return "its kernels are not written for relative_log_lr=None"
-    if max(config.level_sizes) > 1024:
-        return f"its kernels are not written for more than 1024 hidden units, and level_sizes={config.level_sizes}"
-    return None
+        obstacles.append("relative_log_lr=None instead of 'problem' or 'tensor'")
+    return f"its kernels do not do {', '.join(obstacles)}" if obstacles else None
+
+
+def _kernels() -> ModuleType:
+    """The kernels; importing them needs Triton."""
+    return importlib.import_module("lopt.kernels.hrnn")
 
 
 class Packed:
-    """Meta-parameters as the kernels read them.
+    """Meta-parameters as the kernels read them, computed where they are.
 
     Attributes:
         weights: [720] of the parameter level, see lopt.kernels.hrnn.
@@ -84,66 +114,90 @@ class Packed:
         levels: the tensor and the global GRU, in the order of `MetaParams.flat`.
     """
 
-    def __init__(self, meta: MetaParams, device: torch.device) -> None:
+    def __init__(self, meta: MetaParams) -> None:
         config = meta.config
-        values = {name: tensor.detach().to(device="cpu", dtype=torch.float64).numpy() for name, tensor in meta.items()}
+        values = {name: tensor.detach().double() for name, tensor in meta.items()}
+        zeros = values["direction.weight"].new_zeros
         gates, candidate = (self._reorder(config, values[f"level0.{part}.weight"]) for part in ("gates", "candidate"))
-        reset, update = gates[:, :10] * -LOG2_E, gates[:, 10:] * -LOG2_E
+        reset, update = (gates * -LOG2_E).split(10, 1)
         candidate = candidate * (-2 * LOG2_E)
 
-        def sigmoid_readout(name: str, fixed: float) -> tuple[np.ndarray, float]:
+        def decay(name: str, fixed: float) -> tuple[Tensor, Tensor]:
             if f"{name}.weight" in values:
-                return values[f"{name}.weight"] * -LOG2_E, float(values[f"{name}.bias"]) * -LOG2_E
-            return np.zeros(10), math.log(fixed / (1 - fixed)) * -LOG2_E
+                return values[f"{name}.weight"] * -LOG2_E, values[f"{name}.bias"] * -LOG2_E
+            return zeros(10), zeros(()) - math.log(fixed / (1 - fixed)) * LOG2_E
 
-        grad_decay, grad_decay_bias = sigmoid_readout("grad_decay", FIXED_GRAD_DECAY)
-        scale_decay, scale_decay_bias = sigmoid_readout("scale_decay", FIXED_SCALE_DECAY)
-        offset = float(values["log_step.offset"])
-        zeros, no_shortcut = np.zeros(10), np.zeros(4)
-        parts = [
-            np.pad(reset, ((0, 1), (0, 0))).reshape(22, 5, 2).transpose(1, 0, 2),
-            np.concatenate([update.reshape(21, 5, 2), candidate.reshape(21, 5, 2)], 2).transpose(1, 0, 2),
-            np.stack([values["direction.weight"], values["log_lr.weight"], values.get("attention.weight", zeros), zeros], 1),
-            np.stack([grad_decay, scale_decay], 1), 
-            values.get("direction.shortcut", no_shortcut), values.get("attention.shortcut", no_shortcut),
-            np.array([grad_decay_bias, scale_decay_bias, float(values["log_lr.bias"]),
-                      1 / (1 + math.exp(-float(values["log_lr.momentum"]))),
-                      offset * LOG2_E, math.exp(-offset), config.ms_eps, config.rms_eps, config.log_lr_min, config.log_lr_max, 0, 0]),
-        ]
-        self.weights = self._send(np.concatenate([part.reshape(-1) for part in parts]), device)
-        bias = np.concatenate([values["level0.gates.bias"], values["level0.candidate.bias"]])
+        grad_decay, grad_decay_bias = decay("grad_decay", FIXED_GRAD_DECAY)
+        scale_decay, scale_decay_bias = decay("scale_decay", FIXED_SCALE_DECAY)
+        offset = values["log_step.offset"]
+        constants = [config.ms_eps, config.rms_eps, config.log_lr_min, config.log_lr_max]
+        self.weights = self._join(
+            [
+                torch.cat([reset, zeros(1, 10)]).reshape(22, 5, 2).transpose(0, 1),
+                torch.cat([update.reshape(21, 5, 2), candidate.reshape(21, 5, 2)], 2).transpose(0, 1),
+                torch.stack(
+                    [
+                        values["direction.weight"],
+                        values["log_lr.weight"],
+                        values.get("attention.weight", zeros(10)),
+                        zeros(10),
+                    ],
+                    1,
+                ),
+                torch.stack([grad_decay, scale_decay], 1),
+                values.get("direction.shortcut", zeros(4)),
+                values.get("attention.shortcut", zeros(4)),
+                grad_decay_bias,
+                scale_decay_bias,
+                values["log_lr.bias"],
+                torch.sigmoid(values["log_lr.momentum"]),
+                offset * LOG2_E,
+                torch.exp(-offset),
+                *(zeros(()) + value for value in constants),
+                zeros(2),
+            ]
+        )
+        bias = torch.cat([values["level0.gates.bias"], values["level0.candidate.bias"]])
         injections = []
         for level, size in ((1, config.tensor_size), (2, config.global_size)):
             name = f"level0.from_level{level}"
             if size:
                 bias = bias + values[f"{name}.bias"]
-            injections.append(self._inject(values[f"{name}.weight"] if size else np.zeros((1, 30))))
-        self.bias = self._send(self._inject(bias[None]), device)
-        self.from_tensor, self.from_global = (self._send(injection, device) for injection in injections)
-        levels = [value.reshape(-1) for name, value in values.items() if name.startswith(("level1.", "level2."))
-                  and not name.endswith(".init")]
-        self.levels = self._send(np.concatenate([*levels, np.zeros(1)]), device)
+            injections.append(self._inject(values[f"{name}.weight"] if size else zeros(1, 30)))
+        self.bias = self._inject(bias[None])
+        self.from_tensor, self.from_global = injections
+        self.levels = self._join(
+            [
+                zeros(1) if not config.tensor_size else zeros(0),
+                *(
+                    value
+                    for name, value in values.items()
+                    if name.startswith(("level1.", "level2.")) and not name.endswith(".init")
+                ),
+            ]
+        )
 
     @staticmethod
-    def _send(values: np.ndarray, device: torch.device) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+    def _join(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(-1) for part in parts]).float()
 
     @staticmethod
-    def _reorder(config: HRNNConfig, weight: np.ndarray) -> np.ndarray:
+    def _reorder(config: HRNNConfig, weight: Tensor) -> Tensor:
         """Rows of a weight of the parameter GRU, features first, as the kernel has its inputs: [21, outputs]."""
-        scaled, rest = weight[:4], weight[4:]
-        products, rest = (rest[:3], rest[3:]) if config.gradient_products else (np.zeros((3, weight.shape[1])), rest)
-        log_ms, relative_log_lr, hidden = rest[:4], rest[4:5], rest[5:]
+        products = 3 if config.gradient_products else 0
+        scaled, product, log_ms, relative_log_lr, hidden = weight.split([4, products, 4, 1, 10])
         # The log mean squares sum to 0 over the timescales: relative to the last one's they are one fewer.
         log_ms = (log_ms - log_ms.mean(0))[:3] * (-2 * math.log(2))
-        return np.concatenate([hidden, scaled, log_ms, relative_log_lr, products])
+        return torch.cat(
+            [hidden, scaled, log_ms, relative_log_lr, product, weight.new_zeros(3 - products, weight.shape[1])]
+        )
 
     @staticmethod
-    def _inject(rows: np.ndarray) -> np.ndarray:
+    def _inject(rows: Tensor) -> Tensor:
         """Columns reset | update | candidate, 10 each, in the order and scale of lopt.kernels.hrnn.BIAS: [rows, 32]."""
-        reset, update, candidate = (rows[:, begin : begin + 10] for begin in (0, 10, 20))
-        pairs = np.concatenate([update.reshape(-1, 5, 2) * -LOG2_E, candidate.reshape(-1, 5, 2) * (-2 * LOG2_E)], 2)
-        return np.concatenate([reset * -LOG2_E, np.zeros((len(rows), 2)), pairs.reshape(len(rows), 20)], 1)
+        reset, update, candidate = (rows * -LOG2_E).split(10, 1)
+        pairs = torch.cat([update.reshape(-1, 5, 2), 2 * candidate.reshape(-1, 5, 2)], 2)
+        return torch.cat([reset, rows.new_zeros(len(rows), 2), pairs.reshape(-1, 20)], 1).float().contiguous()
 
 
 class Table:
@@ -169,7 +223,7 @@ class Table:
         """The table, holding `columns` and what it was given for the others before.
 
         Raises:
-            RuntimeError: under graph capture, more tables changed since the last ordinary step than there are spares.
+            RuntimeError: under graph capture, there was no ordinary step to prepare for it.
         """
         for index, values in columns.items():
             if self._columns[index] != values:
@@ -194,13 +248,17 @@ class Table:
             self._table.copy_(torch.from_numpy(self._host).pin_memory(), non_blocking=True)
             self._valid = True
         while len(self._spares) < self.SPARES:
-            self._spares.append((torch.empty(self._host.shape, dtype=torch.int64, pin_memory=True), torch.empty_like(self._table)))
+            self._spares.append(
+                (torch.empty(self._host.shape, dtype=torch.int64, pin_memory=True), torch.empty_like(self._table))
+            )
         return self._table
 
     def _send_in_capture(self) -> None:
         if not self._spares:
-            raise RuntimeError("addresses of parameters, gradients or state changed in every one of several graph captures in a "
-                               "row: run one ordinary optimizer step between captures")
+            raise RuntimeError(
+                "addresses of parameters, gradients or state are not on the device yet, and graph capture cannot send "
+                "them: run an ordinary optimizer step before each capture"
+            )
         host, table = self._spares.pop()
         host.numpy()[:] = self._host
         table.copy_(host, non_blocking=True)
@@ -219,15 +277,20 @@ def _is(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 def _same_order(tensor: Tensor, order: Sequence[int]) -> bool:
     """Whether a tensor lies in memory like one with strides `order`."""
     found = tensor.stride()
-    return found == order or all(
-        a == b or size == 1 for a, b, size in zip(found, order, tensor.shape, strict=True))
+    return found == order or all(a == b or size == 1 for a, b, size in zip(found, order, tensor.shape, strict=True))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _kind(tensor: Tensor, what: str) -> int:
     kind = KINDS.get(tensor.dtype)
     if kind is None:
-        raise TypeError(f"a {what} has dtype {tensor.dtype}; the Triton backend takes {', '.join(map(str, KINDS))}: "
-                        f"use backend='reference'")
+        raise TypeError(
+            f"a {what} has dtype {tensor.dtype}; the Triton backend takes {', '.join(map(str, KINDS))}: "
+            f"use backend='reference'"
+        )
     return kind
 
 
@@ -249,9 +312,8 @@ class Chunks:
     """
 
     def __init__(self, numels: Sequence[int], device: torch.device) -> None:
-        least, most = TILES
-        tiles = [min(max(-(-n // (BLOCK * CHUNKS_PER_TENSOR)), least), most) for n in numels]
-        self.sizes = [BLOCK * count for count in tiles]
+        least, most = CHUNK
+        self.sizes = [min(max(_round_up(-(-n // CHUNKS_PER_TENSOR), TILE.block), least), most) for n in numels]
         self.counts = [-(-n // size) for n, size in zip(numels, self.sizes, strict=True)]
         self.firsts = list(itertools.accumulate(self.counts, initial=0))[:-1]
         self.offsets = list(itertools.accumulate(numels, initial=0))[:-1]
@@ -263,37 +325,56 @@ class Advance:
     """What `advance` keeps between steps over tensors of the same sizes."""
 
     def __init__(self, meta: MetaParams, hidden: Sequence[Tensor], sizes: list[int]) -> None:
-        from lopt.kernels import hrnn as kernels
-
         device, tensors = hidden[0].device, len(hidden)
-        self.kernels, self.meta, self.sizes, self.tensors = kernels, meta, sizes, tensors
-        self.packed = Packed(meta, device)
+        kernels = self.kernels = _kernels()
+        self.sizes, self.tensors = sizes, tensors
+        self.meta, self.packed = meta, Packed(meta)
         self.chunks = Chunks(sizes, device)
         self.table = Table(kernels.ADVANCE_COLUMNS.value, tensors, device)
-        self.table.follow({
-            kernels.SIZE.value: sizes, kernels.OFFSET.value: self.chunks.offsets, kernels.CHUNK_FIRST.value: self.chunks.firsts,
-            kernels.CHUNK_COUNT.value: self.chunks.counts, kernels.CHUNK_SIZE.value: self.chunks.sizes})
+        self.table.follow(
+            {
+                kernels.SIZE.value: sizes,
+                kernels.OFFSET.value: self.chunks.offsets,
+                kernels.CHUNK_FIRST.value: self.chunks.firsts,
+                kernels.CHUNK_COUNT.value: self.chunks.counts,
+                kernels.CHUNK_SIZE.value: self.chunks.sizes,
+            }
+        )
         self.shared = torch.zeros(tensors, kernels.SHARED.value, device=device)
         self.partials = torch.empty(self.chunks.total, kernels.PARTIALS.value, device=device)
         self.tickets = torch.zeros(tensors, dtype=torch.int32, device=device)
         self.one = torch.ones((), device=device)
         self.state: list[Tensor] = []
-        self.grads: list[Tensor] = []
 
     def run(
-        self, grads: Sequence[Tensor], hidden: Sequence[Tensor], state: dict[int, Sequence[Tensor]], global_hidden: Tensor,
-        numel: list[int], maximize: Sequence[bool], grad_scale: Tensor | None, skip: Tensor, update: Tensor,
-        attention_update: Tensor | None, sums: Tensor
+        self,
+        meta: MetaParams,
+        grads: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+        state: dict[int, Sequence[Tensor]],
+        global_hidden: Tensor,
+        numel: list[int],
+        maximize: Sequence[bool],
+        grad_scale: Tensor | None,
+        skip: Tensor,
+        update: Tensor,
+        attention_update: Tensor | None,
+        sums: Tensor,
     ) -> None:
-        kernels, config, table = self.kernels, self.meta.config, self.table
+        kernels, config, table = self.kernels, meta.config, self.table
+        if meta is not self.meta:
+            self.meta, self.packed = meta, Packed(meta)
         flat_state = [tensor for column in state.values() for tensor in column]
         columns = {kernels.SIGN.value: [-1 if climb else 1 for climb in maximize], kernels.NUMEL.value: numel}
         if not _is(flat_state, self.state):
             columns |= {index: _addresses(column) for index, column in state.items()}
             self.state = flat_state
-        grads = [grad if _same_order(grad, row.stride()[1:]) else torch.empty_strided(
-            grad.shape, row.stride()[1:], dtype=grad.dtype, device=grad.device).copy_(grad)
-            for grad, row in zip(grads, hidden, strict=True)]
+        grads = [
+            grad
+            if _same_order(grad, row.stride()[1:])
+            else torch.empty_strided(grad.shape, row.stride()[1:], dtype=grad.dtype, device=grad.device).copy_(grad)
+            for grad, row in zip(grads, hidden, strict=True)
+        ]
         kinds = [_kind(grad, "gradient") for grad in grads]
         columns |= {kernels.GRAD.value: _addresses(grads), kernels.GRAD_KIND.value: kinds}
         values, kind = table.follow(columns), _one_kind(kinds)
@@ -301,25 +382,58 @@ class Advance:
         attention = update if attention_update is None else attention_update
         packed, chunks = self.packed, self.chunks
         kernels.prepare[(self.tensors + chunks.total,)](
-            values, self.tensors, chunks.of, self.shared, packed.bias, packed.from_tensor, packed.from_global, global_hidden, skip,
-            scale, LIMIT=GRADIENT_LIMIT, TENSOR_SIZE=config.tensor_size, GLOBAL_SIZE=config.global_size,
-            PROBLEM=config.relative_log_lr == "problem", KIND=kind, BLOCK=STREAM_BLOCK, num_warps=STREAM_WARPS)
+            values,
+            self.tensors,
+            chunks.of,
+            self.shared,
+            packed.bias,
+            packed.from_tensor,
+            packed.from_global,
+            global_hidden,
+            skip,
+            scale,
+            LIMIT=GRADIENT_LIMIT,
+            TENSOR_SIZE=config.tensor_size,
+            GLOBAL_SIZE=config.global_size,
+            PROBLEM=config.relative_log_lr == "problem",
+            KIND=kind,
+            BLOCK=STREAM.block,
+            num_warps=STREAM.warps,
+        )
         count = kernels.ROWS if config.gradient_products else kernels.ROWS_WITHOUT_PRODUCTS
         kernels.advance[(chunks.total,)](
-            values, self.tensors, chunks.of, packed.weights, self.shared, skip, scale, update, attention, self.partials,
-            self.tickets, sums, KIND=kind, ATTENTION=int(config.attention), GRADIENT_SHORTCUT=config.gradient_shortcut,
-            COUNT=count.value, BLOCK=BLOCK, THREADS=BLOCK if interpreted() else 32 * WARPS, num_warps=WARPS, enable_fp_fusion=True)
+            values,
+            self.tensors,
+            chunks.of,
+            packed.weights,
+            self.shared,
+            skip,
+            scale,
+            update,
+            attention,
+            self.partials,
+            self.tickets,
+            sums,
+            KIND=kind,
+            ATTENTION=int(config.attention),
+            GRADIENT_SHORTCUT=config.gradient_shortcut,
+            COUNT=count.value,
+            BLOCK=TILE.block,
+            THREADS=TILE.block if interpreted() else 32 * TILE.warps,
+            num_warps=TILE.warps,
+            maxnreg=TILE.registers,
+            enable_fp_fusion=True,
+        )
 
 
 class Summarise:
     """What `summarise` keeps between steps over the same number of tensors."""
 
     def __init__(self, meta: MetaParams, sums: Tensor) -> None:
-        from lopt.kernels import hrnn as kernels
-
         config, device, tensors = meta.config, sums.device, len(sums)
-        self.kernels, self.meta, self.tensors = kernels, meta, tensors
-        self.packed = Packed(meta, device)
+        kernels = self.kernels = _kernels()
+        self.tensors = tensors
+        self.meta, self.packed = meta, Packed(meta)
         widest = max(config.tensor_input_size, config.tensor_size, config.global_size)
         self.width = 1 << (widest - 1).bit_length()
         self.table = Table(kernels.SUMMARY_COLUMNS.value, tensors, device)
@@ -328,9 +442,18 @@ class Summarise:
         self.state: list[Tensor] = []
 
     def run(
-        self, sums: Tensor, state: dict[int, Sequence[Tensor]], global_hidden: Tensor, numel: list[int], skip: Tensor, scale: Tensor
+        self,
+        meta: MetaParams,
+        sums: Tensor,
+        state: dict[int, Sequence[Tensor]],
+        global_hidden: Tensor,
+        numel: list[int],
+        skip: Tensor,
+        scale: Tensor,
     ) -> None:
-        kernels, config = self.kernels, self.meta.config
+        kernels, config = self.kernels, meta.config
+        if meta is not self.meta:
+            self.meta, self.packed = meta, Packed(meta)
         flat_state = [tensor for column in state.values() for tensor in column]
         columns = {kernels.SUMMARY_NUMEL.value: numel}
         if not _is(flat_state, self.state):
@@ -338,48 +461,97 @@ class Summarise:
             self.state = flat_state
         indices = sums_columns(config)
         kernels.summarise[(self.tensors,)](
-            self.table.follow(columns), self.tensors, sums, self.packed.levels, global_hidden, skip, scale, self.scratch, self.ticket,
-            EPS=DIRECTION_EPS, INPUTS=config.tensor_input_size, COLUMNS=indices.count, SQUARES=indices.direction,
-            ATTENTION=int(config.attention), TENSOR_SIZE=config.tensor_size, GLOBAL_SIZE=config.global_size,
-            LAST=config.global_input == "last", WIDTH=self.width, num_warps=4)
+            self.table.follow(columns),
+            self.tensors,
+            sums,
+            self.packed.levels,
+            global_hidden,
+            skip,
+            scale,
+            self.scratch,
+            self.ticket,
+            EPS=DIRECTION_EPS,
+            INPUTS=config.tensor_input_size,
+            COLUMNS=indices.count,
+            SQUARES=indices.direction,
+            ATTENTION=int(config.attention),
+            TENSOR_SIZE=config.tensor_size,
+            GLOBAL_SIZE=config.global_size,
+            LAST=config.global_input == "last",
+            WIDTH=self.width,
+            num_warps=4,
+        )
 
 
 class Apply:
     """What `apply` keeps between steps over tensors of the same sizes."""
 
     def __init__(self, params: Sequence[Tensor], sizes: list[int]) -> None:
-        from lopt.kernels import hrnn as kernels
-
         device = params[0].device
-        self.kernels, self.sizes, self.tensors = kernels, sizes, len(params)
+        kernels = self.kernels = _kernels()
+        self.sizes, self.tensors = sizes, len(params)
         self.chunks = Chunks(sizes, device)
         self.table = Table(kernels.APPLY_COLUMNS.value, len(params), device)
-        self.table.follow({
-            kernels.PARAM_SIZE.value: sizes, kernels.PARAM_OFFSET.value: self.chunks.offsets,
-            kernels.PARAM_CHUNK_FIRST.value: self.chunks.firsts, kernels.PARAM_CHUNK_SIZE.value: self.chunks.sizes})
+        self.table.follow(
+            {
+                kernels.PARAM_SIZE.value: sizes,
+                kernels.PARAM_OFFSET.value: self.chunks.offsets,
+                kernels.PARAM_CHUNK_FIRST.value: self.chunks.firsts,
+                kernels.PARAM_CHUNK_SIZE.value: self.chunks.sizes,
+            }
+        )
 
     def run(
-        self, params: Sequence[Tensor], true_param: Sequence[Tensor], update: Tensor, attention_update: Tensor | None, scale: Tensor,
-        log_lr_mean: Sequence[Tensor], lr: Sequence[float | Tensor], weight_decay: Sequence[float], skip: Tensor
+        self,
+        params: Sequence[Tensor],
+        true_param: Sequence[Tensor],
+        update: Tensor,
+        attention_update: Tensor | None,
+        scale: Tensor,
+        log_lr_mean: Sequence[Tensor],
+        lr: Sequence[float | Tensor],
+        weight_decay: Sequence[float],
+        skip: Tensor,
     ) -> None:
         kernels = self.kernels
-        compact = [param if param.is_contiguous() or param.stride() == strides(param, None) else param.contiguous()
-                   for param in params]
+        compact = [
+            param if param.is_contiguous() or param.stride() == strides(param, None) else param.contiguous()
+            for param in params
+        ]
         kinds = [_kind(param, "parameter") for param in params]
         on_device = [isinstance(value, Tensor) and value.device == update.device for value in lr]
         numbers = _bits([0.0 if there else float(value) for value, there in zip(lr, on_device, strict=True)])
-        values = self.table.follow({
-            kernels.PARAM.value: _addresses(compact), kernels.PARAM_KIND.value: kinds,
-            kernels.TRUE_PARAM.value: _addresses(true_param) or [0] * self.tensors,
-            kernels.PARAM_LOG_LR_MEAN.value: _addresses(log_lr_mean), kernels.WEIGHT_DECAY.value: _bits(weight_decay),
-            kernels.LR.value: [value.data_ptr() if there else number  # type: ignore[union-attr]
-                               for value, number, there in zip(lr, numbers, on_device, strict=True)],
-            kernels.LR_KIND.value: [_kind(value, "tensor lr") if there else -1  # type: ignore[arg-type]
-                                    for value, there in zip(lr, on_device, strict=True)]})
+        values = self.table.follow(
+            {
+                kernels.PARAM.value: _addresses(compact),
+                kernels.PARAM_KIND.value: kinds,
+                kernels.TRUE_PARAM.value: _addresses(true_param) or [0] * self.tensors,
+                kernels.PARAM_LOG_LR_MEAN.value: _addresses(log_lr_mean),
+                kernels.WEIGHT_DECAY.value: _bits(weight_decay),
+                kernels.LR.value: [
+                    value.data_ptr() if there else number  # type: ignore[union-attr]
+                    for value, number, there in zip(lr, numbers, on_device, strict=True)
+                ],
+                kernels.LR_KIND.value: [
+                    _kind(value, "tensor lr") if there else -1  # type: ignore[arg-type]
+                    for value, there in zip(lr, on_device, strict=True)
+                ],
+            }
+        )
         attention = update if attention_update is None else attention_update
         kernels.apply[(self.chunks.total,)](
-            values, self.tensors, self.chunks.of, update, attention, scale, skip, KIND=_one_kind(kinds),
-            ATTENTION=int(attention_update is not None), BLOCK=STREAM_BLOCK, num_warps=STREAM_WARPS)
+            values,
+            self.tensors,
+            self.chunks.of,
+            update,
+            attention,
+            scale,
+            skip,
+            KIND=_one_kind(kinds),
+            ATTENTION=int(attention_update is not None),
+            BLOCK=STREAM.block,
+            num_warps=STREAM.warps,
+        )
         for param, moved in zip(params, compact, strict=True):
             if moved is not param:
                 param.copy_(moved)
@@ -417,15 +589,46 @@ def advance(
     attention_update: Tensor | None,
     sums: Tensor,
 ) -> None:
-    """Stage 1, see lopt.backends.reference.advance. `skip` becomes 1 at a non-finite gradient unless it is not 0 already."""
+    """Stage 1, see lopt.backends.reference.advance. At a non-finite gradient a `skip` of 0 becomes 1."""
+    if torch.compiler.is_compiling():
+        ops.advance(
+            meta,
+            grads,
+            hidden,
+            accum,
+            ms,
+            log_lr,
+            step,
+            tensor_hidden,
+            global_hidden,
+            log_lr_mean,
+            numel=numel,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            skip=skip,
+            update=update,
+            attention_update=attention_update,
+            sums=sums,
+        )
+        return
     sizes = [grad.numel() for grad in grads]
-    kept = _keep(sums, lambda kept: kept.meta is meta and kept.sizes == sizes, lambda: Advance(meta, hidden, sizes))
+    kept = _keep(
+        sums, lambda kept: kept.meta.config == meta.config and kept.sizes == sizes, lambda: Advance(meta, hidden, sizes)
+    )
     kernels = kept.kernels
     state = {
-        kernels.HIDDEN_STATE.value: hidden, kernels.ACCUM.value: accum, kernels.MS.value: ms, kernels.LOG_LR.value: log_lr,
-        kernels.STEP.value: step, kernels.TENSOR_HIDDEN.value: tensor_hidden or step, kernels.LOG_LR_MEAN.value: log_lr_mean}
+        kernels.HIDDEN_STATE.value: hidden,
+        kernels.ACCUM.value: accum,
+        kernels.MS.value: ms,
+        kernels.LOG_LR.value: log_lr,
+        kernels.STEP.value: step,
+        kernels.TENSOR_HIDDEN.value: tensor_hidden or step,
+        kernels.LOG_LR_MEAN.value: log_lr_mean,
+    }
     with torch.cuda.device_of(sums):
-        kept.run(grads, hidden, state, global_hidden, numel, maximize, grad_scale, skip, update, attention_update, sums)
+        kept.run(
+            meta, grads, hidden, state, global_hidden, numel, maximize, grad_scale, skip, update, attention_update, sums
+        )
 
 
 @torch.no_grad()
@@ -442,12 +645,20 @@ def summarise(
     scale: Tensor,
 ) -> None:
     """Stage 2, see lopt.backends.reference.summarise."""
-    kept = _keep(scale, lambda kept: kept.meta is meta and kept.tensors == len(sums), lambda: Summarise(meta, sums))
+    if torch.compiler.is_compiling():
+        ops.summarise(meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
+        return
+    kept = _keep(
+        scale, lambda kept: kept.meta.config == meta.config and kept.tensors == len(sums), lambda: Summarise(meta, sums)
+    )
     kernels = kept.kernels
-    state = {kernels.SUMMARY_TENSOR_HIDDEN.value: tensor_hidden or step, kernels.SUMMARY_LOG_LR_MEAN.value: log_lr_mean,
-             kernels.SUMMARY_STEP.value: step}
+    state = {
+        kernels.SUMMARY_TENSOR_HIDDEN.value: tensor_hidden or step,
+        kernels.SUMMARY_LOG_LR_MEAN.value: log_lr_mean,
+        kernels.SUMMARY_STEP.value: step,
+    }
     with torch.cuda.device_of(sums):
-        kept.run(sums, state, global_hidden, numel, skip, scale)
+        kept.run(meta, sums, state, global_hidden, numel, skip, scale)
 
 
 @torch.no_grad()
@@ -460,12 +671,30 @@ def apply(
     scale: Tensor,
     log_lr_mean: Sequence[Tensor],
     *,
-    lr: Sequence[float | Tensor],
+    lr: Sequence[float | Tensor] | Tensor,
     weight_decay: Sequence[float],
     skip: Tensor,
 ) -> None:
-    """Stage 3, see lopt.backends.reference.apply."""
+    """Stage 3, see lopt.backends.reference.apply. As an operator's kernel it gets `lr` as one tensor."""
+    if torch.compiler.is_compiling():
+        ops.apply(
+            meta,
+            params,
+            true_param,
+            update,
+            attention_update,
+            scale,
+            log_lr_mean,
+            lr=lr,
+            weight_decay=weight_decay,
+            skip=skip,
+        )
+        return
     sizes = [param.numel() for param in params]
     kept = _keep(update, lambda kept: kept.sizes == sizes, lambda: Apply(params, sizes))
     with torch.cuda.device_of(update):
-        kept.run(params, true_param, update, attention_update, scale, log_lr_mean, lr, weight_decay, skip)
+        kept.run(params, true_param, update, attention_update, scale, log_lr_mean, list(lr), weight_decay, skip)
+
+
+if torch.cuda.is_available() and not interpreted():
+    ops.implement("CUDA", advance=advance, summarise=summarise, apply=apply)

@@ -1,0 +1,415 @@
+"""The Triton kernels against the reference: on a GPU at all sizes, in Triton's interpreter on the CPU at small ones.
+
+Whether Triton interprets is decided when it is imported, so the whole file runs once more in a process of its own with
+TRITON_INTERPRET=1. Bounds are parts of the largest value. In float32 both sides round: one step differs by 2e-6
+(measured, largest of all configurations and quantities below); hence 1e-5.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lopt
+from lopt import HRNNConfig, MetaParams, backends
+from lopt.backends import reference
+from lopt.interop import tf1
+from lopt.state import init_global, init_state
+
+pytest.importorskip("triton", reason="triton is not installed: pip install lopt[triton]")
+from lopt.backends import triton  # noqa: E402
+
+INTERPRETED = triton.interpreted()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+RECORDINGS = Path(__file__).parents[1] / "recordings"
+AGREE = 1e-5
+
+CONFIGS = {
+    "paper": HRNNConfig(),
+    "attention_last": HRNNConfig(attention=True, zero_init_lr_weights=False, global_input="last"),
+    "bare": HRNNConfig(level_sizes=(10, 7), gradient_products=False, gradient_shortcut=False, relative_log_lr="tensor"),
+    "one_level": HRNNConfig(level_sizes=(10,), learnable_decay=False),
+    "wide": HRNNConfig(level_sizes=(10, 33, 70), learnable_grad_decay=False),
+}
+
+
+def kernel_test(function: Callable) -> Callable:
+    """A test that runs on a GPU, or interpreted."""
+    return function if INTERPRETED else pytest.mark.gpu(function)
+
+
+def gpu_test(function: Callable) -> Callable:
+    """A test that only a GPU can run."""
+    return pytest.mark.skipif(INTERPRETED, reason="needs a GPU, not the interpreter")(pytest.mark.gpu(function))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.slow
+def test_kernels_agree_with_the_reference_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+class Stages:
+    """A model without gradients of its own, stepped by the three stages of a backend."""
+
+    def __init__(self, backend: ModuleType, meta: MetaParams, shapes: list, device: torch.device, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(0)
+        self.backend, self.meta, self.config = backend, meta.to(dtype=dtype, device=device), meta.config
+        params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        self.params = [param.to(device=device, dtype=dtype) for param in params]
+        self.states = [init_state(param, self.meta, -6.0, dtype=dtype) for param in self.params]
+        self.global_hidden = init_global(self.meta, device, dtype=dtype)
+        self.numel = [param.numel() for param in self.params]
+        columns, directions = reference.sums_columns(self.config).count, 1 + self.config.attention
+        self.updates = torch.zeros(directions, sum(self.numel), device=device, dtype=dtype)
+        self.update, self.attention_update = self.updates[0], self.updates[1] if self.config.attention else None
+        self.sums = torch.zeros(len(shapes), columns, device=device, dtype=dtype)
+        self.scale = torch.zeros(len(shapes), directions, device=device, dtype=dtype)
+        self.skip = torch.zeros((), device=device)
+
+    def start_amid_a_run(self) -> None:
+        """Set every state but the last tensor's to one that a run could have come to."""
+        generator = torch.Generator().manual_seed(2)
+
+        def set_(tensor: Tensor, low: float, high: float) -> None:
+            tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+
+        ranges = {"hidden": (-1, 1), "accum": (-1, 1), "ms": (0.01, 1), "log_lr": (-9, -3), "tensor_hidden": (-1, 1),
+                  "log_lr_mean": (-7, -6), "step": (1, 1)}
+        for state in self.states[:-1]:
+            for name in ranges:
+                if name in state:
+                    set_(state[name], *ranges[name])
+        set_(self.global_hidden, -1, 1)
+
+    def rows(self, name: str) -> list[Tensor]:
+        return [state[name] for state in self.states if name in state]
+
+    def step(self, grads: list[Tensor]) -> None:
+        like = self.updates
+        self.backend.advance(
+            self.meta, [grad.to(like) for grad in grads], *map(self.rows, ("hidden", "accum", "ms", "log_lr", "step")),
+            self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"), numel=self.numel,
+            maximize=[False] * len(grads), grad_scale=None, skip=self.skip, update=self.update,
+            attention_update=self.attention_update, sums=self.sums)
+        self.backend.summarise(
+            self.meta, self.sums, self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
+            self.rows("step"), numel=self.numel, skip=self.skip, scale=self.scale)
+        self.backend.apply(
+            self.meta, self.params, self.rows("true_param"), self.update, self.attention_update, self.scale,
+            self.rows("log_lr_mean"), lr=[1.0] * len(grads), weight_decay=[0.1] * len(grads), skip=self.skip)
+
+    def values(self) -> dict[str, Tensor]:
+        """Everything a step writes; what there is one of per tensor, of all tensors in one."""
+        values = {"updates": self.updates, "sums": self.sums, "scale": self.scale, "global_hidden": self.global_hidden}
+        values["params"] = torch.cat([param.reshape(-1) for param in self.params])
+        for name in self.states[0]:
+            values[name] = torch.cat([row.reshape(-1) for row in self.rows(name)])
+        return {name: value.double().cpu() for name, value in values.items() if value.numel()}
+
+
+def gradients(shapes: list, steps: int) -> list[list[Tensor]]:
+    """Gradients of very different sizes, float64; every third step some are exactly zero."""
+    generator = torch.Generator().manual_seed(1)
+
+    def scale(t: int, index: int) -> float:
+        return 0.0 if t % 3 == 2 and index % 2 == 0 else 10.0 ** (index % 8 - 4)
+
+    return [[torch.randn(shape, generator=generator, dtype=torch.float64) * scale(t, index)
+             for index, shape in enumerate(shapes)] for t in range(steps)]
+
+
+def error(value: Tensor, right: Tensor) -> float:
+    """Largest difference as a part of the largest value; inf if either is not finite."""
+    worst = (value - right).abs().max() / right.abs().max().clamp(min=1e-30)
+    return float(worst) if worst.isfinite() else float("inf")
+
+
+@kernel_test
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stages_agree_with_the_reference(name):
+    shapes = [(3, 100), (7,), ()] if name == "paper" else [(7,), (2, 3)]
+    meta = MetaParams.init(CONFIGS[name], seed=3)
+    assert triton.unsupported(meta.config) is None
+    ours, right = (Stages(backend, meta, shapes, DEVICE, torch.float32) for backend in (triton, reference))
+    for run in (ours, right):
+        run.start_amid_a_run()
+        run.step(gradients(shapes, 1)[0])
+    expected = right.values()
+    for key, value in ours.values().items():
+        assert error(value, expected[key]) < AGREE, key
+
+
+@kernel_test
+def test_dtypes_groups_and_tensor_lr_agree_with_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    starts = [torch.randn(4, 3, generator=generator) for _ in dtypes]
+    grads = [torch.randn(4, 3, generator=generator) for _ in dtypes]
+    results = []
+    for backend in ("triton", "reference"):
+        copies = [start.to(DEVICE, dtype, copy=True) for start, dtype in zip(starts, dtypes, strict=True)]
+        params = [torch.nn.Parameter(copy) for copy in copies]
+        groups = [{"params": params[:2], "lr": torch.tensor(0.7, device=DEVICE, dtype=torch.float64)},
+                  {"params": params[2:], "weight_decay": 0.3, "maximize": True, "lr": 0.5}]
+        optimizer = lopt.HRNN(groups, meta=MetaParams.init(seed=3), init_lr=0.1, backend=backend)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.t().contiguous().t().to(DEVICE, param.dtype)  # lies otherwise than the parameter
+        optimizer.step()
+        results.append(params)
+    for start, ours, right in zip(starts, *results, strict=True):
+        assert not torch.equal(right.detach().cpu().double(), start.double())
+        eps = max(torch.finfo(right.dtype).eps, 1e-6)
+        torch.testing.assert_close(ours, right, rtol=eps, atol=eps)
+
+
+def state_of(optimizer: lopt.HRNN) -> list[Tensor]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return [value.clone() for param in params for value in (param.detach(), *optimizer.state[param].values())]
+
+
+@kernel_test
+def test_a_step_with_an_overflow_changes_nothing():
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = lopt.HRNN([param], meta=MetaParams.init(seed=3), backend="triton")
+    param.grad = torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
+    optimizer.step()
+    before = state_of(optimizer)
+    for poison in ("nan", "-inf", "1e19"):
+        param.grad = torch.tensor([1.0, float(poison), 3.0], device=DEVICE)
+        optimizer.step()
+    param.grad = torch.ones(3, device=DEVICE)
+    optimizer.found_inf = torch.ones((), device=DEVICE)
+    optimizer.step()
+    assert all(torch.equal(left, right) for left, right in zip(before, state_of(optimizer), strict=True))
+    assert optimizer.skipped_steps == 4
+
+
+@kernel_test
+def test_scaled_gradients_take_the_same_step():
+    results = []
+    for factor in (1.0, 1024.0):
+        param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        optimizer = lopt.HRNN([param], meta=MetaParams.init(seed=3), backend="triton")
+        param.grad = torch.tensor([1.0, -2.0, 3.0], device=DEVICE) * factor
+        optimizer.grad_scale, optimizer.found_inf = (torch.full((), value, device=DEVICE) for value in (factor, 0.0))
+        optimizer.step()
+        results.append(param)
+    assert torch.equal(*results)
+
+
+@kernel_test
+def test_a_timescale_without_a_past_takes_the_gradient_undecayed():
+    meta, shapes = MetaParams.init(HRNNConfig(level_sizes=(10,)), seed=3), [(300,)]
+    ours, right = (Stages(backend, meta, shapes, DEVICE, torch.float32) for backend in (triton, reference))
+    for run in (ours, right):
+        for state in run.states:
+            state["step"].fill_(1)
+            state["ms"][2:] = 1e-3
+            state["ms"][1, 299] = 1e-3  # one value, behind the first that are looked at, is enough of a past
+        run.step(gradients(shapes, 1)[0])
+    for key, value in ours.values().items():
+        assert error(value, right.values()[key]) < AGREE, key
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="recordings are replayed on the CPU")
+@pytest.mark.parametrize("name", ["traj_b_attention", "traj_s_class_defaults"])
+def test_replayed_trajectory_equals_the_recording(name, tmp_path):
+    recording = tf1.load_recording(RECORDINGS / f"{name}.npz")
+    steps = 2
+    outcomes = ("param/", "attend/", "grads/", "state/")
+    short = {key: array[:steps] if key.startswith(outcomes) or key == "global" else array
+             for key, array in recording.items()}
+    short["T"] = np.array(steps)
+    np.savez(tmp_path / "short.npz", **short)
+    errors = tf1.compare(short, tf1.replay(tmp_path / "short.npz", "triton"))
+    assert max(errors.values()) <= tf1.TOLERANCE, errors
+
+
+@pytest.mark.parametrize("options", [
+    {"level_sizes": (9, 20, 20)}, {"timescales": 3}, {"log_ms_features": False}, {"relative_log_lr": None},
+    {"multiple_scale_decays": True}, {"lr_shortcut": True}, {"extreme_indicator": True}, {"level_sizes": (10, 2000)},
+])
+def test_a_configuration_without_kernels_is_refused_by_name(options):
+    assert next(iter(options)) in triton.unsupported(HRNNConfig(**options))
+
+
+def test_interpretation_is_never_chosen_unasked():
+    chosen = backends.choose(torch.device("cpu"), HRNNConfig())
+    assert chosen is not triton
+    if not INTERPRETED:
+        with pytest.raises(RuntimeError, match="'triton' cannot be used"):
+            backends.choose(torch.device("cpu"), HRNNConfig(), "triton")
+
+
+SIZES = [1, 2, 15, 16, 17, 255, 256, 257, 2047, 2048, 2049, 4096, 100_003]
+
+
+@gpu_test
+@pytest.mark.parametrize("name", CONFIGS)
+def test_error_to_float64_is_at_most_twice_that_of_float32(name):
+    meta, shapes = MetaParams.init(CONFIGS[name], seed=3), [(size,) for size in SIZES]
+    ours = Stages(triton, meta, shapes, DEVICE, torch.float32)
+    single, double = (Stages(reference, meta, shapes, DEVICE, dtype) for dtype in (torch.float32, torch.float64))
+    for grads in gradients(shapes, 20):
+        for run in (ours, single, double):
+            run.step(grads)
+    right, rounded = double.values(), single.values()
+    for key, value in ours.values().items():
+        assert error(value, right[key]) <= 2 * error(rounded[key], right[key]) + 1e-6, key
+
+
+@gpu_test
+def test_error_to_float64_stays_small_over_a_thousand_steps():
+    meta, shapes = MetaParams.init(seed=3), [(4096,), (65, 63)]
+    ours = Stages(triton, meta, shapes, DEVICE, torch.float32)
+    single, double = (Stages(reference, meta, shapes, DEVICE, dtype) for dtype in (torch.float32, torch.float64))
+    for grads in gradients(shapes, 1000):
+        for run in (ours, single, double):
+            run.step(grads)
+    right, rounded = double.values(), single.values()
+    for key, value in ours.values().items():
+        assert error(value, right[key]) <= 2 * error(rounded[key], right[key]) + 1e-5, key
+
+
+@gpu_test
+def test_sums_over_many_chunks_agree_with_the_reference():
+    meta, shapes = MetaParams.init(seed=3), [(9_000_001,), (3,)]
+    ours, right = (Stages(backend, meta, shapes, DEVICE, torch.float32) for backend in (triton, reference))
+    grads = gradients(shapes, 1)[0]
+    for run in (ours, right):
+        run.step(grads)
+    for key, value in ours.values().items():
+        assert error(value, right.values()[key]) < AGREE, key
+
+
+def model_on_gpu(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, lopt.HRNN, Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(65, 129), torch.nn.ReLU(), torch.nn.Linear(129, 1)).to(DEVICE, dtype)
+    optimizer = lopt.HRNN(model.parameters(), meta=MetaParams.init(seed=3), backend="triton")
+    return model, optimizer, torch.randn(32, 65, device=DEVICE, dtype=dtype)
+
+
+def train_step(model: torch.nn.Module, optimizer: lopt.HRNN, batch: Tensor, set_to_none: bool = True) -> None:
+    optimizer.zero_grad(set_to_none=set_to_none)
+    model(batch).square().mean().backward()
+    optimizer.step()
+
+
+@gpu_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_step_does_not_synchronise_even_with_gradients_at_other_addresses(dtype):
+    model, optimizer, batch = model_on_gpu(dtype)
+    for _ in range(2):
+        train_step(model, optimizer, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            elsewhere = [param.grad for param in model.parameters()]
+            train_step(model, optimizer, batch)
+            assert len(elsewhere) == 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_test
+def test_a_step_allocates_nothing_after_the_first():
+    model, optimizer, batch = model_on_gpu()
+    for _ in range(3):
+        train_step(model, optimizer, batch, set_to_none=False)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before <= 1  # `skip.sign()` of the front-end
+
+
+@gpu_test
+def test_two_runs_are_bitwise_equal():
+    results = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(DEVICE)) for n in (1_000_003, 4096, 5)]
+        optimizer = lopt.HRNN(params, meta=MetaParams.init(seed=3), backend="triton")
+        for _ in range(20):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
+            optimizer.step()
+        results.append(state_of(optimizer))
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+
+
+@gpu_test
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_replays_of_a_cuda_graph_equal_ordinary_steps(set_to_none):
+    torch.cuda.synchronize()
+    runs = []
+    for captured in (True, False):
+        model, optimizer, batch = model_on_gpu()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                train_step(model, optimizer, batch, set_to_none)
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            if set_to_none:
+                optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                train_step(model, optimizer, batch, set_to_none)
+        for _ in range(5):
+            graph.replay() if captured else train_step(model, optimizer, batch, set_to_none)
+        # An ordinary step between replays must not spoil the graph, nor the graph the step.
+        if captured:
+            static = [param.grad for param in model.parameters()]
+            train_step(model, optimizer, batch, True)
+            for param, grad in zip(model.parameters(), static, strict=True):
+                param.grad = grad
+            graph.replay()
+        else:
+            train_step(model, optimizer, batch, True)
+            train_step(model, optimizer, batch, set_to_none)
+        torch.cuda.synchronize()
+        runs.append(state_of(optimizer))
+    for left, right in zip(*runs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@gpu_test
+def test_grad_scaler_skips_an_overflow_and_goes_on():
+    model, optimizer, batch = model_on_gpu()
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = model(batch).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert 0 < optimizer.skipped_steps < 60
+    assert all(value.isfinite().all() for value in state_of(optimizer))
+
+
+@gpu_test
+def test_compiled_step_equals_the_ordinary_one():
+    runs = []
+    for compiled in (True, False):
+        model, optimizer, batch = model_on_gpu()
+        train_step(model, optimizer, batch)
+        step = torch.compile(optimizer.step, fullgraph=True) if compiled else optimizer.step
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=False)
+            model(batch).square().mean().backward()
+            step()
+        runs.append(state_of(optimizer))
+    for left, right in zip(*runs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
