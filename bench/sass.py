@@ -103,8 +103,9 @@ def longest_loop(instructions: list[tuple[int, str, str]]) -> tuple[int, int]:
     return longest
 
 
-HEADER = ("kernel", "block", "warps", "limit", "registers", "stack B", "instructions", "in loop", "spills", "/ parameter",
-          "most frequent in the loop")
+HEADER = (
+    "kernel", "block", "warps", "limit", "registers", "stack B", "instructions", "in loop", "spills", "/ parameter",
+    "most frequent in the loop")
 WIDTHS = (10, 6, 6, 6, 10, 8, 13, 8, 7, 12)
 
 
@@ -118,8 +119,8 @@ def row(name: str, tile: Tile, code: Code) -> list[object]:
     """What HEADER names."""
     loop = sum(code.loop.values())
     return [
-        name, tile.block or "-", tile.warps, tile.registers or "-", code.registers, code.spilled, code.instructions, loop,
-        sum(code.loop[spill] for spill in SPILLS), f"{loop * tile.warps / tile.block:.1f}" if tile.block else "-",
+        name, tile.block or "-", tile.warps, tile.registers or "-", code.registers, code.spilled, code.instructions,
+        loop, sum(code.loop[spill] for spill in SPILLS), f"{loop * tile.warps / tile.block:.1f}" if tile.block else "-",
         " ".join(f"{kind} {count}" for kind, count in code.loop.most_common(7))]
 
 

@@ -1,0 +1,250 @@
+"""What bench/gpu.sh measures on a GPU beside `lopt bench step`: fused kernels only, models, graph replays, bandwidth.
+
+    python -m lopt.bench.gpu measure --out FILE     rows for models: steps, replays of a captured step, a device copy
+    python -m lopt.bench.gpu tiles --out FILE       the Triton backend's `advance` with other tiles
+    python -m lopt.bench.gpu kernels                time of each kernel in a step, by torch's profiler
+    python -m lopt.bench.gpu small                  a few steps over small tensors, for compute-sanitizer
+    python -m lopt.bench.gpu summary FILE           the rows of a file as a table
+
+Contenders take turns as in `lopt bench step`, and a failing one is named and left out. Bandwidth counts the bytes that
+have to move, against a device-to-device copy counted both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lopt
+from lopt import backends
+from lopt.bench.results import Row, append, commit, device_name, load, quantiles, today
+from lopt.bench.step import ADAMW_BYTES, HRNN_BYTES, Step, shapes_of, timer
+
+CASES = ("resnet50", "preresnet50", "inceptionv3", "vit_base_patch16_224")
+TIMM_NAMES = {"preresnet50": "resnetv2_50", "inceptionv3": "inception_v3"}  # where pytorchcv is not installed
+DEVICE = torch.device("cuda")
+COPY = 1 << 28  # float32 values: 1 GiB
+Make = Callable[[list[Tensor]], Any]  # parameters with gradients -> optimizer
+
+
+def shapes(case: str) -> list[torch.Size]:
+    """Shapes of the tensors of a model, by pytorchcv or timm, whichever is there."""
+    try:
+        return shapes_of(case)
+    except ImportError:
+        with torch.device("meta"):
+            model = importlib.import_module("timm").create_model(TIMM_NAMES.get(case, case))
+        return [param.shape for param in model.parameters()]
+
+
+def random_params(case: str) -> list[Tensor]:
+    """Float32 parameters with gradients on the GPU."""
+    torch.manual_seed(0)
+    params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes(case)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def contenders() -> dict[str, Make]:
+    """Fused kernels of lopt, torch's AdamW and, where it is installed, pylo's CUDA optimizers."""
+
+    def hrnn(backend: str) -> Make:
+        return lambda params: lopt.HRNN(params, backend=backend, meta=lopt.MetaParams.init())
+
+    def adamw(**options: bool) -> Make:
+        return lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True, **options)
+
+    makes = {f"hrnn {name}": hrnn(name) for name, reason in backends.available().items()
+             if reason is None and backends.BACKENDS[name].device == "cuda"}
+    makes |= {"adamw fused": adamw(fused=True), "adamw foreach": adamw(foreach=True)}
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module("pylo.optim")
+        makes |= {f"pylo {name}": getattr(module, name) for name in dir(module) if name.endswith("_CUDA")}
+    return makes
+
+
+@contextlib.contextmanager
+def failures_named(what: str) -> Iterator[None]:
+    """Print an exception and go on."""
+    try:
+        yield
+    except Exception as error:  # whatever a contender raises must not end the others
+        print(f"FAILED {what}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        torch.cuda.synchronize()
+
+
+def captured(step: Step) -> Step:
+    """Capture a step that has run before; returns the graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def take_turns(steps: dict[tuple[str, str], Step], rounds: int, n: int, tensors: int, case: str) -> list[Row]:
+    """Time (op, backend) -> step, round after round, each turn about 20 ms."""
+    seconds = timer(DEVICE)
+    counts: dict[tuple[str, str], int] = {}
+    samples: dict[tuple[str, str], list[float]] = {}
+    for key, step in steps.items():
+        seconds(step, 2)
+        counts[key], samples[key] = max(1, min(200, int(0.02 / seconds(step, 2)))), []
+    for _ in range(rounds):
+        for key, step in steps.items():
+            samples[key].append(seconds(step, counts[key]))
+    return [Row(op, case, backend, 0, n, tensors, "float32", "s", *quantiles(samples[op, backend]), device_name(DEVICE),
+                commit(), today()) for op, backend in steps]
+
+
+def measure_copy(rounds: int) -> list[Row]:
+    """A copy within device memory."""
+    source, target = torch.randn(COPY, device=DEVICE), torch.empty(COPY, device=DEVICE)
+    return take_turns({("copy", "torch"): lambda: target.copy_(source)}, rounds, COPY, 1, "1 GiB")
+
+
+def measure_case(case: str, rounds: int) -> list[Row]:
+    """Steps and replays of every contender on one model."""
+    steps: dict[tuple[str, str], Step] = {}
+    n, tensors = sum(shape.numel() for shape in shapes(case)), len(shapes(case))
+    for name, make in contenders().items():
+        with failures_named(f"{name} on {case}"):
+            optimizer = make(random_params(case))
+            optimizer.step()
+            torch.cuda.synchronize()
+            steps["step", name] = optimizer.step
+        with failures_named(f"graph of {name} on {case}"):
+            if ("step", name) in steps and not name.startswith("pylo"):
+                replay = captured(steps["step", name])
+                replay()
+                torch.cuda.synchronize()
+                steps["replay", name] = replay
+    return take_turns(steps, rounds, n, tensors, case)
+
+
+def measure_tiles(case: str, rounds: int) -> list[Row]:
+    """The Triton backend with each tile of lopt.bench.sass, its own first."""
+    from lopt.backends import triton as backend
+    from lopt.bench.sass import OTHER_TILES
+
+    steps: dict[tuple[str, str], Step] = {}
+    own, sizes = backend.TILE, shapes(case)
+    for tile in (own, *OTHER_TILES):
+        name = f"hrnn triton {tile.block}x{tile.warps}" + (f" {tile.registers} registers" if tile.registers else "")
+        with failures_named(name):
+            backend.TILE = tile
+            optimizer = lopt.HRNN(random_params(case), backend="triton", meta=lopt.MetaParams.init())
+            optimizer.step()
+            steps["replay", name] = captured(optimizer.step)
+    backend.TILE = own
+    return take_turns(steps, rounds, sum(shape.numel() for shape in sizes), len(sizes), case)
+
+
+def print_kernels(case: str) -> None:
+    """Mean time of each kernel of a step, for every fused backend."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for name, make in contenders().items():
+        if not name.startswith("hrnn"):
+            continue
+        with failures_named(name):
+            optimizer = make(random_params(case))
+            for _ in range(3):
+                optimizer.step()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+                for _ in range(10):
+                    optimizer.step()
+                torch.cuda.synchronize()
+            print(f"{name} on {case}, 10 steps")
+            print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=12), flush=True)
+
+
+def run_small() -> None:
+    """Steps of every fused backend over sizes around those of tiles and chunks, with and without attention."""
+    for name in contenders():
+        if not name.startswith("hrnn"):
+            continue
+        for attention in (False, True):
+            meta = lopt.MetaParams.init(lopt.HRNNConfig(attention=attention))
+            params = [torch.randn(n, device=DEVICE).requires_grad_() for n in (1, 7, 255, 257, 2049, 40_000)]
+            optimizer = lopt.HRNN(params, backend=name.removeprefix("hrnn "), meta=meta, weight_decay=0.1)
+            for _ in range(2):
+                for param in params:
+                    param.grad = torch.randn_like(param)
+                optimizer.step()
+            torch.cuda.synchronize()
+            finite = all(bool(param.isfinite().all()) for param in params)
+            print(f"{name}{' with attention' if attention else ''}: {'finite' if finite else 'NOT FINITE'}")
+
+
+def summary(path: Path) -> str:
+    """Rows of a file as a table: milliseconds, bandwidth and its part of the copy's, ratio to fused AdamW."""
+    rows = load(path)
+    copies = [8 * row.n / row.p50 for row in rows if row.op == "copy"]
+    lines = [f"{rows[0].device}, commit {rows[0].commit}, {rows[0].date}" if rows else "no rows"]
+    lines += [f"device copy: {copies[-1] / 1e12:.2f} TB/s"] if copies else []
+    cells: list[tuple[object, ...]] = [("op", "case", "backend", "ms", "p20-p80", "TB/s", "of copy", "adamw fused")]
+    for row in rows:
+        if row.op == "copy":
+            continue
+        moved = {"hrnn": HRNN_BYTES, "adamw": ADAMW_BYTES}.get(row.backend.partition(" ")[0], 0) * row.n / row.p50
+        rivals = [other.p50 for other in rows
+                  if (other.op, other.case, other.dtype, other.backend) == (row.op, row.case, row.dtype, "adamw fused")]
+        cells.append((
+            row.op, row.case, row.backend, f"{row.p50 * 1e3:.3f}", f"{row.p20 * 1e3:.3f}-{row.p80 * 1e3:.3f}",
+            f"{moved / 1e12:.2f}" if moved else "-", f"{moved / copies[-1]:.0%}" if moved and copies else "-",
+            f"{row.p50 / rivals[-1]:.1f}x" if rivals else "-"))
+    for op, case, backend, *numbers in cells:
+        lines.append(f"{op:<7} {case:<22} {backend:<34}" + "".join(f" {number:>15}" for number in numbers))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one of the commands in the module's first lines; returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m lopt.bench.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", choices=["measure", "tiles", "kernels", "small", "summary"])
+    parser.add_argument("file", nargs="?", type=Path, help="of summary")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"default: {' '.join(CASES)}")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
+    parser.add_argument("--out", type=Path, default=Path("results.csv"), help="CSV file (default: results.csv)")
+    args = parser.parse_args(arguments)
+    if args.command == "summary":
+        print(summary(args.file or args.out))
+        return 0
+    if not torch.cuda.is_available():
+        print(f"{parser.prog}: torch {torch.__version__} finds no GPU", file=sys.stderr)
+        return 1
+    if args.command == "small":
+        run_small()
+    elif args.command == "kernels":
+        print_kernels(args.cases[0])
+    elif args.command == "tiles":
+        append(measure_tiles(args.cases[0], args.rounds), args.out)
+    else:
+        append(measure_copy(args.rounds), args.out)
+        for case in args.cases:
+            with failures_named(case):
+                append(measure_case(case, args.rounds), args.out)
+            gc.collect()
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
