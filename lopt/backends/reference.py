@@ -13,6 +13,7 @@ Checked by tests/backends/test_reference.py against recordings of the original c
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -112,10 +113,11 @@ class FlatState(NamedTuple):
 
     def detach(self) -> FlatState:
         """The same numbers, cut from the graph: what truncation between unrolls does."""
-        return FlatState(*(value if value is None else value.detach() for value in self))
+        return FlatState(*(value if value is None else value.detach() for value in self))  # type: ignore[arg-type]
 
 
-class Sums(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sums:
     """Columns of the per-tensor sums table, [*B, T, K]."""
 
     hidden: slice
