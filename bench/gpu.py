@@ -195,7 +195,7 @@ def run_small() -> None:
 
 def summary(path: Path) -> str:
     """Rows of a file as a table: milliseconds, bandwidth and its part of the copy's, ratio to fused AdamW."""
-    rows = load(path)
+    rows = load(path) if path.exists() else []
     copies = [8 * row.n / row.p50 for row in rows if row.op == "copy"]
     lines = [f"{rows[0].device}, commit {rows[0].commit}, {rows[0].date}" if rows else "no rows"]
     lines += [f"device copy: {copies[-1] / 1e12:.2f} TB/s"] if copies else []

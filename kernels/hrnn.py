@@ -810,7 +810,9 @@ def summarise(
         tl.store(scale + tensor * (1 + ATTENTION) + i, 1.0 / tl.sqrt(mean + EPS))
     tl.store(floats(column(table, SUMMARY_LOG_LR_MEAN, tensors, tensor)), tl.load(row + SQUARES + 1) / numel)
     step = floats(column(table, SUMMARY_STEP, tensors, tensor))
-    tl.store(step, tl.load(step) + 1.0)
+    before = tl.load(step)
+    tl.debug_barrier()  # every thread has read it
+    tl.store(step, before + 1.0)
     if TENSOR_SIZE > 0:
         j = tl.arange(0, WIDTH)
         means = own + WIDTH

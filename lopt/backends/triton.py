@@ -399,6 +399,7 @@ class Advance:
             KIND=kind,
             BLOCK=STREAM.block,
             num_warps=STREAM.warps,
+            enable_fp_fusion=True,
         )
         count = kernels.ROWS if config.gradient_products else kernels.ROWS_WITHOUT_PRODUCTS
         kernels.advance[(chunks.total,)](
@@ -480,6 +481,7 @@ class Summarise:
             LAST=config.global_input == "last",
             WIDTH=self.width,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -551,6 +553,7 @@ class Apply:
             ATTENTION=int(attention_update is not None),
             BLOCK=STREAM.block,
             num_warps=STREAM.warps,
+            enable_fp_fusion=True,
         )
         for param, moved in zip(params, compact, strict=True):
             if moved is not param:
