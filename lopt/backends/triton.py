@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -267,11 +268,11 @@ class Table:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _is(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 def _same_order(tensor: Tensor, order: Sequence[int]) -> bool:
@@ -284,14 +285,14 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _kind(tensor: Tensor, what: str) -> int:
-    kind = KINDS.get(tensor.dtype)
-    if kind is None:
+def _kinds(tensors: Sequence[Tensor], what: str) -> list[int]:
+    try:
+        return [KINDS[tensor.dtype] for tensor in tensors]
+    except KeyError as error:
         raise TypeError(
-            f"a {what} has dtype {tensor.dtype}; the Triton backend takes {', '.join(map(str, KINDS))}: "
+            f"a {what} has dtype {error.args[0]}; the Triton backend takes {', '.join(map(str, KINDS))}: "
             f"use backend='reference'"
-        )
-    return kind
+        ) from None
 
 
 def _one_kind(kinds: Sequence[int]) -> int:
@@ -345,6 +346,7 @@ class Advance:
         self.tickets = torch.zeros(tensors, dtype=torch.int32, device=device)
         self.one = torch.ones((), device=device)
         self.state: list[Tensor] = []
+        self.orders: list[tuple[int, ...]] = []  # strides of each tensor's state
 
     def run(
         self,
@@ -368,14 +370,15 @@ class Advance:
         columns = {kernels.SIGN.value: [-1 if climb else 1 for climb in maximize], kernels.NUMEL.value: numel}
         if not _is(flat_state, self.state):
             columns |= {index: _addresses(column) for index, column in state.items()}
-            self.state = flat_state
-        grads = [
-            grad
-            if _same_order(grad, row.stride()[1:])
-            else torch.empty_strided(grad.shape, row.stride()[1:], dtype=grad.dtype, device=grad.device).copy_(grad)
-            for grad, row in zip(grads, hidden, strict=True)
-        ]
-        kinds = [_kind(grad, "gradient") for grad in grads]
+            self.state, self.orders = flat_state, [row.stride()[1:] for row in hidden]
+        if list(map(Tensor.stride, grads)) != self.orders:
+            grads = [
+                grad
+                if _same_order(grad, order)
+                else torch.empty_strided(grad.shape, order, dtype=grad.dtype, device=grad.device).copy_(grad)
+                for grad, order in zip(grads, self.orders, strict=True)
+            ]
+        kinds = _kinds(grads, "gradient")
         columns |= {kernels.GRAD.value: _addresses(grads), kernels.GRAD_KIND.value: kinds}
         values, kind = table.follow(columns), _one_kind(kinds)
         scale = self.one if grad_scale is None else grad_scale.to(torch.float32)
@@ -492,6 +495,7 @@ class Apply:
         device = params[0].device
         kernels = self.kernels = _kernels()
         self.sizes, self.tensors = sizes, len(params)
+        self.compact_strides: list[tuple[int, ...]] = []  # of parameters that were all found to have no gaps
         self.chunks = Chunks(sizes, device)
         self.table = Table(kernels.APPLY_COLUMNS.value, len(params), device)
         self.table.follow(
@@ -516,13 +520,16 @@ class Apply:
         skip: Tensor,
     ) -> None:
         kernels = self.kernels
-        compact = [
-            param if param.is_contiguous() or param.stride() == strides(param, None) else param.contiguous()
-            for param in params
-        ]
-        kinds = [_kind(param, "parameter") for param in params]
-        on_device = [isinstance(value, Tensor) and value.device == update.device for value in lr]
-        numbers = _bits([0.0 if there else float(value) for value, there in zip(lr, on_device, strict=True)])
+        compact = list(params)
+        if list(map(Tensor.stride, params)) != self.compact_strides:
+            compact = [
+                param
+                if param.is_contiguous() or param.stride() == strides(param, None)
+                else torch.empty_like(param).copy_(param)
+                for param in params
+            ]
+            self.compact_strides = list(map(Tensor.stride, params)) if _is(compact, params) else []
+        kinds = _kinds(params, "parameter")
         values = self.table.follow(
             {
                 kernels.PARAM.value: _addresses(compact),
@@ -530,14 +537,7 @@ class Apply:
                 kernels.TRUE_PARAM.value: _addresses(true_param) or [0] * self.tensors,
                 kernels.PARAM_LOG_LR_MEAN.value: _addresses(log_lr_mean),
                 kernels.WEIGHT_DECAY.value: _bits(weight_decay),
-                kernels.LR.value: [
-                    value.data_ptr() if there else number  # type: ignore[union-attr]
-                    for value, number, there in zip(lr, numbers, on_device, strict=True)
-                ],
-                kernels.LR_KIND.value: [
-                    _kind(value, "tensor lr") if there else -1  # type: ignore[arg-type]
-                    for value, there in zip(lr, on_device, strict=True)
-                ],
+                **self._rates(lr, update.device),
             }
         )
         attention = update if attention_update is None else attention_update
@@ -558,6 +558,16 @@ class Apply:
         for param, moved in zip(params, compact, strict=True):
             if moved is not param:
                 param.copy_(moved)
+
+    def _rates(self, lr: Sequence[float | Tensor], device: torch.device) -> dict[int, list[int]]:
+        """Columns of the table: tensors on the device by address, since they may change in a captured graph."""
+        there = [rate if isinstance(rate, Tensor) and rate.device == device else None for rate in lr]
+        rates = _bits([0.0 if tensor is not None else float(rate) for rate, tensor in zip(lr, there, strict=True)])
+        kinds = [-1] * len(rates)
+        for index, tensor in enumerate(there):
+            if tensor is not None:
+                rates[index], kinds[index] = tensor.data_ptr(), _kinds([tensor], "tensor lr")[0]
+        return {self.kernels.LR.value: rates, self.kernels.LR_KIND.value: kinds}
 
 
 _kept = WeakTensorKeyDictionary()  # buffer of a stage -> Advance, Summarise or Apply
@@ -614,7 +624,7 @@ def advance(
             sums=sums,
         )
         return
-    sizes = [grad.numel() for grad in grads]
+    sizes = list(map(Tensor.numel, grads))
     kept = _keep(
         sums, lambda kept: kept.meta.config == meta.config and kept.sizes == sizes, lambda: Advance(meta, hidden, sizes)
     )
@@ -693,7 +703,7 @@ def apply(
             skip=skip,
         )
         return
-    sizes = [param.numel() for param in params]
+    sizes = list(map(Tensor.numel, params))
     kept = _keep(update, lambda kept: kept.sizes == sizes, lambda: Apply(params, sizes))
     with torch.cuda.device_of(update):
         kept.run(params, true_param, update, attention_update, scale, log_lr_mean, list(lr), weight_decay, skip)
