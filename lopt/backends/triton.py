@@ -285,14 +285,33 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+_dtype = operator.attrgetter("dtype")
+
+
 def _kinds(tensors: Sequence[Tensor], what: str) -> list[int]:
     try:
-        return [KINDS[tensor.dtype] for tensor in tensors]
+        return list(map(KINDS.__getitem__, map(_dtype, tensors)))
     except KeyError as error:
         raise TypeError(
             f"a {what} has dtype {error.args[0]}; the Triton backend takes {', '.join(map(str, KINDS))}: "
             f"use backend='reference'"
         ) from None
+
+
+class Followed:
+    """Which tensors a table's columns held the addresses of; they are the optimizer's own, so they do not move."""
+
+    def __init__(self) -> None:
+        self._columns: dict[int, list[Tensor]] = {}
+
+    def changed(self, columns: dict[int, Sequence[Tensor]]) -> dict[int, list[int]]:
+        """Addresses for the columns that other tensors have come into."""
+        changed = {}
+        for index, tensors in columns.items():
+            if not _is(tensors, self._columns.get(index, [])):
+                self._columns[index] = list(tensors)
+                changed[index] = _addresses(tensors)
+        return changed
 
 
 def _one_kind(kinds: Sequence[int]) -> int:
@@ -345,7 +364,8 @@ class Advance:
         self.partials = torch.empty(self.chunks.total, kernels.PARTIALS.value, device=device)
         self.tickets = torch.zeros(tensors, dtype=torch.int32, device=device)
         self.one = torch.ones((), device=device)
-        self.state: list[Tensor] = []
+        self.state = Followed()
+        self.maximize: Sequence[bool] = []
         self.orders: list[tuple[int, ...]] = []  # strides of each tensor's state
 
     def run(
@@ -366,11 +386,12 @@ class Advance:
         kernels, config, table = self.kernels, meta.config, self.table
         if meta is not self.meta:
             self.meta, self.packed = meta, Packed(meta)
-        flat_state = [tensor for column in state.values() for tensor in column]
-        columns = {kernels.SIGN.value: [-1 if climb else 1 for climb in maximize], kernels.NUMEL.value: numel}
-        if not _is(flat_state, self.state):
-            columns |= {index: _addresses(column) for index, column in state.items()}
-            self.state, self.orders = flat_state, [row.stride()[1:] for row in hidden]
+        columns = {kernels.NUMEL.value: numel, **self.state.changed(state)}
+        if kernels.HIDDEN_STATE.value in columns:
+            self.orders = [row.stride()[1:] for row in hidden]
+        if maximize != self.maximize:
+            self.maximize = list(maximize)
+            columns[kernels.SIGN.value] = [-1 if climb else 1 for climb in maximize]
         if list(map(Tensor.stride, grads)) != self.orders:
             grads = [
                 grad
@@ -443,7 +464,8 @@ class Summarise:
         self.table = Table(kernels.SUMMARY_COLUMNS.value, tensors, device)
         self.scratch = torch.empty(tensors, 2, self.width, device=device)
         self.ticket = torch.zeros((), dtype=torch.int32, device=device)
-        self.state: list[Tensor] = []
+        self.columns = sums_columns(config)
+        self.state = Followed()
 
     def run(
         self,
@@ -458,12 +480,8 @@ class Summarise:
         kernels, config = self.kernels, meta.config
         if meta is not self.meta:
             self.meta, self.packed = meta, Packed(meta)
-        flat_state = [tensor for column in state.values() for tensor in column]
-        columns = {kernels.SUMMARY_NUMEL.value: numel}
-        if not _is(flat_state, self.state):
-            columns |= {index: _addresses(column) for index, column in state.items()}
-            self.state = flat_state
-        indices = sums_columns(config)
+        columns = {kernels.SUMMARY_NUMEL.value: numel, **self.state.changed(state)}
+        indices = self.columns
         kernels.summarise[(self.tensors,)](
             self.table.follow(columns),
             self.tensors,
@@ -495,6 +513,9 @@ class Apply:
         device = params[0].device
         kernels = self.kernels = _kernels()
         self.sizes, self.tensors = sizes, len(params)
+        self.state = Followed()
+        self.weight_decay: Sequence[float] = []
+        self.lr: Sequence[float | Tensor] = []  # without tensors, or empty
         self.compact_strides: list[tuple[int, ...]] = []  # of parameters that were all found to have no gaps
         self.chunks = Chunks(sizes, device)
         self.table = Table(kernels.APPLY_COLUMNS.value, len(params), device)
@@ -530,16 +551,19 @@ class Apply:
             ]
             self.compact_strides = list(map(Tensor.stride, params)) if _is(compact, params) else []
         kinds = _kinds(params, "parameter")
-        values = self.table.follow(
-            {
-                kernels.PARAM.value: _addresses(compact),
-                kernels.PARAM_KIND.value: kinds,
-                kernels.TRUE_PARAM.value: _addresses(true_param) or [0] * self.tensors,
-                kernels.PARAM_LOG_LR_MEAN.value: _addresses(log_lr_mean),
-                kernels.WEIGHT_DECAY.value: _bits(weight_decay),
-                **self._rates(lr, update.device),
-            }
-        )
+        columns = {
+            kernels.PARAM.value: _addresses(compact),
+            kernels.PARAM_KIND.value: kinds,
+            **self.state.changed({kernels.TRUE_PARAM.value: true_param, kernels.PARAM_LOG_LR_MEAN.value: log_lr_mean}),
+        }
+        if weight_decay != self.weight_decay:
+            self.weight_decay = list(weight_decay)
+            columns[kernels.WEIGHT_DECAY.value] = _bits(weight_decay)
+        plain = set(map(type, lr)) <= {float, int}
+        if not plain or lr != self.lr:
+            self.lr = list(lr) if plain else []
+            columns |= self._rates(lr, update.device)
+        values = self.table.follow(columns)
         attention = update if attention_update is None else attention_update
         kernels.apply[(self.chunks.total,)](
             values,
@@ -626,7 +650,9 @@ def advance(
         return
     sizes = list(map(Tensor.numel, grads))
     kept = _keep(
-        sums, lambda kept: kept.meta.config == meta.config and kept.sizes == sizes, lambda: Advance(meta, hidden, sizes)
+        sums,
+        lambda kept: (kept.meta is meta or kept.meta.config == meta.config) and kept.sizes == sizes,
+        lambda: Advance(meta, hidden, sizes),
     )
     kernels = kept.kernels
     state = {
@@ -662,7 +688,9 @@ def summarise(
         ops.summarise(meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
         return
     kept = _keep(
-        scale, lambda kept: kept.meta.config == meta.config and kept.tensors == len(sums), lambda: Summarise(meta, sums)
+        scale,
+        lambda kept: (kept.meta is meta or kept.meta.config == meta.config) and kept.tensors == len(sums),
+        lambda: Summarise(meta, sums),
     )
     kernels = kept.kernels
     state = {
