@@ -107,7 +107,7 @@ class HRNN(Optimizer):
         self.meta = MetaParams.resolve(meta)
         self.nonfinite = nonfinite
         self.backend = backend
-        self._skipped: Tensor | None = None
+        self._skipped = _no_steps()
         self._prepare()
         super().__init__(params, options)
         factors = [group["lr"] for group in self.param_groups if not isinstance(group["lr"], Tensor)]
@@ -131,7 +131,7 @@ class HRNN(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because of a non-finite gradient, since this object was made."""
-        return 0 if self._skipped is None else int(self._skipped.item())
+        return int(self._skipped)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters with options of their own, as `torch.optim.Optimizer.add_param_group` does.
@@ -154,7 +154,7 @@ class HRNN(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_skipped", None)
+        self.__dict__.setdefault("_skipped", _no_steps())
         self._prepare()
         for options in (self.defaults, *self.param_groups):
             for name, default in OPTIONS.items():
@@ -284,9 +284,9 @@ class HRNN(Optimizer):
                 here = [index for index, other in enumerate(devices) if other == device]
                 own = {name: [column[index] for index in here] for name, column in columns.items()}
                 self._step_device(device, own, [groups[index] for index in here], skip, grad_scale)
-        if self._skipped is None:
-            self._skipped = torch.zeros_like(skip)
-        self._skipped.add_(skip.sign())
+        # On the CPU a look costs less than an addition.
+        if not skip.is_cpu or torch.compiler.is_compiling() or skip:
+            self._skipped = self._skipped.to(skip.device).add_(skip.sign())
         return loss
 
     def _init_group(self, group: Group, tensors: list[Tensor]) -> bool:
@@ -406,6 +406,11 @@ class HRNN(Optimizer):
                     raise RuntimeError(
                         f"the gradient of parameter {name}, shape {tuple(param.shape)}, is not finite or beyond "
                         f"{GRADIENT_LIMIT:g}. Nothing was changed; nonfinite='skip' would pass over such steps")
+
+
+def _no_steps() -> Tensor:
+    """A count of steps, [] on the CPU; it moves to where steps are taken."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def _real(param: Tensor) -> Tensor:

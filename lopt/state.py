@@ -61,7 +61,7 @@ def bytes_per_parameter(config: HRNNConfig) -> int:
 def strides(param: Tensor, size: int | None) -> tuple[int, ...]:
     """Strides of the state of `param`: its slices lie like the parameter, without gaps and overlaps it may have."""
     inner = torch.empty_like(param, device="meta").stride()
-    return inner if size is None else (max(param.numel(), 1), *inner)
+    return inner if size is None else (param.numel(), *inner)
 
 
 def empty_rows(param: Tensor, size: int | None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,7 +73,7 @@ def empty_rows(param: Tensor, size: int | None, *, dtype: torch.dtype = torch.fl
 def like_parameter(tensor: Tensor, param: Tensor) -> Tensor:
     """State `[size, *shape]` or `[*shape]`, copied into the memory order of `param` if it has another one."""
     size = tensor.shape[0] if tensor.dim() > param.dim() else None
-    if tensor.stride() == strides(param, size) or param.numel() == 0:
+    if tensor.stride() == strides(param, size):
         return tensor
     return empty_rows(param, size, dtype=tensor.dtype).copy_(tensor)
 

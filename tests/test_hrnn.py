@@ -146,6 +146,15 @@ def test_maximize_equals_descent_on_negated_gradients(place):
     assert_same(content(climbing), content(descending))
 
 
+def test_a_group_may_climb_beside_one_that_descends(place):
+    grouped, negated = place.params((4, 3), (5,)), place.params((4, 3), (5,))
+    negated[1].grad.neg_()
+    optimizers = (place.hrnn([{"params": grouped[:1]}, {"params": grouped[1:], "maximize": True}]), place.hrnn(negated))
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same(*map(content, optimizers))
+
+
 def test_lr_multiplies_the_step_and_does_not_enter_the_state(place):
     full, half = place.params(), place.params()
     for param in (*full, *half):
@@ -363,6 +372,8 @@ def test_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(place
         assert optimizer.step(closure).item() == expected
     assert calls == [True]
     assert optimizer.step() is None
+    param.grad = None
+    assert optimizer.step(lambda: 3.0) == 3.0
 
 
 def test_step_hooks_run_around_every_step(place):

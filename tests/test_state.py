@@ -113,7 +113,7 @@ def test_like_parameter_keeps_the_values_and_takes_the_order(layout, given):
         }[given]
         ordered = like_parameter(tensor, param)
         assert torch.equal(ordered, values)
-        assert ordered.stride() == strides(param, size) or param.numel() == 0
+        assert ordered.stride() == strides(param, size)
         assert like_parameter(ordered, param) is ordered
 
 
