@@ -34,7 +34,7 @@ BACKENDS = {
     "cpu": Backend("lopt.backends.cpu", "cpu"),
     "reference": Backend("lopt.backends.reference", "*"),
 }  # fastest first
-if os.environ.get("TRITON_INTERPRET") == "1":  # its kernels then run, slowly, on the CPU: for tests, never chosen unasked
+if os.environ.get("TRITON_INTERPRET") == "1":  # then they run, slowly, on the CPU: for tests, never chosen unasked
     del BACKENDS["triton"]
     BACKENDS["triton"] = Backend("lopt.backends.triton", "cpu")
 
