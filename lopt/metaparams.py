@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -157,16 +158,17 @@ class MetaParams(Mapping[str, Tensor]):
         """
         config = config or HRNNConfig()
         generator = torch.Generator().manual_seed(seed)
+        like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults of the caller are
         s = config.timescales
 
         def normal(shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean
+            return torch.randn(shape, generator=generator, **like) * std + mean
 
         tensors: dict[str, Tensor] = {}
         for name, shape in _shapes(config).items():
             kind = name.rpartition(".")[2]
             if kind == "init":
-                value = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+                value = torch.rand(shape, generator=generator, **like) * 2 - 1
             elif kind == "shortcut":
                 value = normal(shape, 0.1 / math.sqrt(s), 1 / s)
             elif kind == "weight" and len(shape) == 2:
@@ -174,13 +176,13 @@ class MetaParams(Mapping[str, Tensor]):
             elif name == "attention.weight":
                 value = tensors["direction.weight"].clone()
             elif name == "log_lr.weight" and config.zero_init_lr_weights:
-                value = torch.zeros(shape, dtype=torch.float64)
+                value = torch.zeros(shape, **like)
             elif kind == "weight":
                 value = normal(shape, READOUT_SCALE / math.sqrt(shape[0]))
             else:
                 constants = {"scale_decay.bias": SCALE_DECAY_BIAS, "grad_decay.bias": GRAD_DECAY_BIAS,
                              "log_lr.momentum": LOG_LR_MOMENTUM, "log_step.offset": LOG_STEP_OFFSET}
-                value = torch.full(shape, GATE_BIAS if ".gates." in name else constants.get(name, 0.0), dtype=torch.float64)
+                value = torch.full(shape, GATE_BIAS if ".gates." in name else constants.get(name, 0.0), **like)
             tensors[name] = value
         return cls(config, {name: value.to(dtype) for name, value in tensors.items()})
 

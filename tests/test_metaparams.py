@@ -69,6 +69,8 @@ def test_init_depends_on_its_seed_alone():
     assert equal(MetaParams.init(seed=5), MetaParams.init(seed=5))
     assert not equal(MetaParams.init(seed=5), MetaParams.init(seed=6))
     assert torch.equal(torch.get_rng_state(), state)
+    with torch.device("meta"):
+        assert equal(MetaParams.init(seed=5), MetaParams.init(seed=5))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
