@@ -64,8 +64,11 @@ def contenders() -> dict[str, Make]:
     def adamw(**options: bool) -> Make:
         return lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True, **options)
 
-    makes = {f"hrnn {name}": hrnn(name) for name, reason in backends.available().items()
-             if reason is None and backends.BACKENDS[name].device == "cuda"}
+    makes = {
+        f"hrnn {name}": hrnn(name)
+        for name, reason in backends.available().items()
+        if reason is None and backends.BACKENDS[name].device == "cuda"
+    }
     makes |= {"adamw fused": adamw(fused=True), "adamw foreach": adamw(foreach=True)}
     with contextlib.suppress(ImportError):
         module = importlib.import_module("pylo.optim")
@@ -108,8 +111,23 @@ def take_turns(steps: dict[tuple[str, str], Step], rounds: int, n: int, tensors:
     for _ in range(rounds):
         for key, step in steps.items():
             samples[key].append(seconds(step, counts[key]))
-    return [Row(op, case, backend, 0, n, tensors, "float32", "s", *quantiles(samples[op, backend]), device_name(DEVICE),
-                commit(), today()) for op, backend in steps]
+    return [
+        Row(
+            op,
+            case,
+            backend,
+            0,
+            n,
+            tensors,
+            "float32",
+            "s",
+            *quantiles(samples[op, backend]),
+            device_name(DEVICE),
+            commit(),
+            today(),
+        )
+        for op, backend in steps
+    ]
 
 
 def measure_copy(rounds: int) -> list[Row]:
@@ -204,12 +222,23 @@ def summary(path: Path) -> str:
         if row.op == "copy":
             continue
         moved = {"hrnn": HRNN_BYTES, "adamw": ADAMW_BYTES}.get(row.backend.partition(" ")[0], 0) * row.n / row.p50
-        rivals = [other.p50 for other in rows
-                  if (other.op, other.case, other.dtype, other.backend) == (row.op, row.case, row.dtype, "adamw fused")]
-        cells.append((
-            row.op, row.case, row.backend, f"{row.p50 * 1e3:.3f}", f"{row.p20 * 1e3:.3f}-{row.p80 * 1e3:.3f}",
-            f"{moved / 1e12:.2f}" if moved else "-", f"{moved / copies[-1]:.0%}" if moved and copies else "-",
-            f"{row.p50 / rivals[-1]:.1f}x" if rivals else "-"))
+        rivals = [
+            other.p50
+            for other in rows
+            if (other.op, other.case, other.dtype, other.backend) == (row.op, row.case, row.dtype, "adamw fused")
+        ]
+        cells.append(
+            (
+                row.op,
+                row.case,
+                row.backend,
+                f"{row.p50 * 1e3:.3f}",
+                f"{row.p20 * 1e3:.3f}-{row.p80 * 1e3:.3f}",
+                f"{moved / 1e12:.2f}" if moved else "-",
+                f"{moved / copies[-1]:.0%}" if moved and copies else "-",
+                f"{row.p50 / rivals[-1]:.1f}x" if rivals else "-",
+            )
+        )
     for op, case, backend, *numbers in cells:
         lines.append(f"{op:<7} {case:<22} {backend:<34}" + "".join(f" {number:>15}" for number in numbers))
     return "\n".join(lines)

@@ -74,7 +74,9 @@ def commit() -> str:
     try:
         git = ["git", "-C", str(FOLDER)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno", "--", ":!*results.csv"], capture_output=True, text=True)
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", ":!*results.csv"], capture_output=True, text=True
+        )
         return name.strip() + ("+" if dirty.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -110,5 +112,7 @@ def load(path: Path) -> list[Row]:
     """Rows of a CSV file that `append` wrote."""
     kinds = {"int": int, "float": float, "str": str}
     with open(path, newline="") as file:
-        return [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in dataclasses.fields(Row)})
-                for line in csv.DictReader(file)]
+        return [
+            Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in dataclasses.fields(Row)})
+            for line in csv.DictReader(file)
+        ]

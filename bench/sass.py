@@ -73,8 +73,10 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], tile: Tile, capabilit
 
     tile_constants = {"BLOCK": tile.block, "THREADS": 32 * tile.warps}
     constants = {**constants, **{name: value for name, value in tile_constants.items() if name in kernel.arg_names}}
-    signature = {name: "constexpr" if name in constants else "i32" if name == "tensors" else POINTERS.get(name, "*fp32")
-                 for name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else "i32" if name == "tensors" else POINTERS.get(name, "*fp32")
+        for name in kernel.arg_names
+    }
     options = {"num_warps": tile.warps, "enable_fp_fusion": True, "maxnreg": tile.registers}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -82,8 +84,10 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], tile: Tile, capabilit
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        usage, text = (subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True).stdout
-                       for option in ("-res-usage", "-sass"))
+        usage, text = (
+            subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     instructions = [(int(address, 16), name, rest) for address, name, rest in INSTRUCTION.findall(text)]
     if found is None or not instructions:
@@ -104,8 +108,18 @@ def longest_loop(instructions: list[tuple[int, str, str]]) -> tuple[int, int]:
 
 
 HEADER = (
-    "kernel", "block", "warps", "limit", "registers", "stack B", "instructions", "in loop", "spills", "/ parameter",
-    "most frequent in the loop")
+    "kernel",
+    "block",
+    "warps",
+    "limit",
+    "registers",
+    "stack B",
+    "instructions",
+    "in loop",
+    "spills",
+    "/ parameter",
+    "most frequent in the loop",
+)
 WIDTHS = (10, 6, 6, 6, 10, 8, 13, 8, 7, 12)
 
 
@@ -119,9 +133,18 @@ def row(name: str, tile: Tile, code: Code) -> list[object]:
     """What HEADER names."""
     loop = sum(code.loop.values())
     return [
-        name, tile.block or "-", tile.warps, tile.registers or "-", code.registers, code.spilled, code.instructions,
-        loop, sum(code.loop[spill] for spill in SPILLS), f"{loop * tile.warps / tile.block:.1f}" if tile.block else "-",
-        " ".join(f"{kind} {count}" for kind, count in code.loop.most_common(7))]
+        name,
+        tile.block or "-",
+        tile.warps,
+        tile.registers or "-",
+        code.registers,
+        code.spilled,
+        code.instructions,
+        loop,
+        sum(code.loop[spill] for spill in SPILLS),
+        f"{loop * tile.warps / tile.block:.1f}" if tile.block else "-",
+        " ".join(f"{kind} {count}" for kind, count in code.loop.most_common(7)),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

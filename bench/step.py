@@ -1,8 +1,8 @@
 """How long one optimizer step takes: every usable backend beside what people use, in one run.
 
-Contenders take turns, round after round, so that a slow moment of a shared machine hits all of them; a row is the median
-over the rounds. Warm-up (state creation, compilation) stays outside. Parameters and gradients are float32 unless asked
-otherwise; nothing but `optimizer.step()` is timed.
+Contenders take turns, round after round, so that a slow moment of a shared machine hits all of them; a row is the
+median over the rounds. Warm-up (state creation, compilation) stays outside. Parameters and gradients are float32 unless
+asked otherwise; nothing but `optimizer.step()` is timed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from lopt.backends import reference
 from lopt.bench.results import Row, append, commit, default_path, device_name, load, quantiles, today
 
 SIZES = {"1k": 1_000, "100k": 100_000, "1M": 1_000_000, "10M": 10_000_000}
-MODELS = {"resnet50": "pytorchcv.models.resnet", "preresnet50": "pytorchcv.models.preresnet",
-          "inceptionv3": "pytorchcv.models.inceptionv3"}
+MODELS = {
+    "resnet50": "pytorchcv.models.resnet",
+    "preresnet50": "pytorchcv.models.preresnet",
+    "inceptionv3": "pytorchcv.models.inceptionv3",
+}
 TIMM_MODELS = ("vit_base_patch16_224",)
 
-# Bytes that have to move per parameter and step, for the bandwidth column. HRNN: advance reads the gradient (4), reads and
-# writes hidden, accum, ms and log_lr (2 * 76) and writes the update (4); apply reads it and the parameter, writes that (12).
+# Bytes that have to move per parameter and step, for the bandwidth column. HRNN: advance reads the gradient (4), reads
+# and writes hidden, accum, ms and log_lr (2 * 76), writes the update (4); apply reads it and the parameter and writes
+# that (12). The scan for non-finite gradients, which may find them in a cache, is not counted.
 HRNN_BYTES = 172
 ADAMW_BYTES = 28
 
@@ -75,8 +79,11 @@ def contenders(device: torch.device, case: str) -> list[Contender]:
     def adamw(**options: bool) -> Callable[[list[Tensor]], Step]:
         return lambda params: torch.optim.AdamW(params, lr=1e-3, **options).step
 
-    usable = [name for name, reason in backends.available().items()
-              if reason is None and backends.BACKENDS[name].device in ("*", device.type)]
+    usable = [
+        name
+        for name, reason in backends.available().items()
+        if reason is None and backends.BACKENDS[name].device in ("*", device.type)
+    ]
     entries = [Contender(f"hrnn {name}", HRNN_BYTES, hrnn(name)) for name in usable]
     if case in SIZES:
         entries.append(Contender("hrnn compiled reference", HRNN_BYTES, compiled_reference))
@@ -157,7 +164,10 @@ def measure(
         for contender in contenders(device, case):
             if "compiled" in contender.name and not compiled:
                 continue
-            params = [torch.randn(shape, generator=generator).to(device=device, dtype=dtype).requires_grad_() for shape in shapes]
+            params = [
+                torch.randn(shape, generator=generator).to(device=device, dtype=dtype).requires_grad_()
+                for shape in shapes
+            ]
             for param in params:
                 param.grad = torch.randn(param.shape, generator=generator).to(device=device, dtype=dtype)
             steps[contender] = step = contender.make(params)
@@ -175,14 +185,26 @@ def measure(
                     samples[contender].append(seconds(step, counts[contender]))
     where = device_name(device)
     return [
-        Row("step", case, contender.name, 0 if device.type == "cuda" else threads, n, len(shapes), str(dtype).removeprefix("torch."),
-            "s", *quantiles(samples[contender]), where, commit(), today())
+        Row(
+            "step",
+            case,
+            contender.name,
+            0 if device.type == "cuda" else threads,
+            n,
+            len(shapes),
+            str(dtype).removeprefix("torch."),
+            "s",
+            *quantiles(samples[contender]),
+            where,
+            commit(),
+            today(),
+        )
         for contender in steps
     ]
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of one case side by side: time, per parameter, bandwidth, and ratio to the eager reference and fused AdamW."""
+    """Rows of one case side by side: time, time per parameter, bandwidth, speed-up over reference and fused AdamW."""
     lines = []
     median = {row.backend: row.p50 for row in rows}
     for row in rows:
@@ -193,8 +215,9 @@ def table(rows: list[Row]) -> str:
             return f"{median[other] / p50:8.2f}x" if other in median else "        -"
 
         lines.append(
-            f"  {row.backend:<24} {row.p50 * 1e3:10.4f} ms  ±{spread * 50:3.0f} %  {row.p50 / row.n * 1e9:9.2f} ns/param "
-            f"{bandwidth / 1e9:8.2f} GB/s {ratio('hrnn reference')} {ratio('adamw fused')}")
+            f"  {row.backend:<24} {row.p50 * 1e3:10.4f} ms  ±{spread * 50:3.0f} % "
+            f" {row.p50 / row.n * 1e9:9.2f} ns/param {bandwidth / 1e9:8.2f} GB/s {ratio('hrnn reference')} {ratio('adamw fused')}"
+        )
     return "\n".join(lines)
 
 
@@ -209,8 +232,11 @@ def plot(path: Path, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    latest = {(row.device, row.threads, row.backend, row.case): row for row in load(path)
-              if row.op == "step" and row.case in SIZES and row.dtype == "float32"}
+    latest = {
+        (row.device, row.threads, row.backend, row.case): row
+        for row in load(path)
+        if row.op == "step" and row.case in SIZES and row.dtype == "float32"
+    }
     if not latest:
         raise ValueError(f"{path} has no rows of `lopt bench step` on plain sizes to draw")
     panels = sorted({key[:2] for key in latest})
@@ -218,12 +244,23 @@ def plot(path: Path, out: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         names = list(dict.fromkeys(key[2] for key in latest if key[:2] == panel))
         for name in names:
-            rows = sorted((row for key, row in latest.items() if key[:2] == panel and key[2] == name), key=lambda row: row.n)
+            rows = sorted(
+                (row for key, row in latest.items() if key[:2] == panel and key[2] == name), key=lambda row: row.n
+            )
             per = [1e9 / row.n for row in rows]
             middle = [row.p50 * scale for row, scale in zip(rows, per, strict=True)]
-            axis.errorbar([row.n for row in rows], middle, marker="o", label=name, ls="--" if "adamw" in name else "-", yerr=[
-                [(row.p50 - row.p20) * scale for row, scale in zip(rows, per, strict=True)],
-                [(row.p80 - row.p50) * scale for row, scale in zip(rows, per, strict=True)]], capsize=2)
+            axis.errorbar(
+                [row.n for row in rows],
+                middle,
+                marker="o",
+                label=name,
+                ls="--" if "adamw" in name else "-",
+                yerr=[
+                    [(row.p50 - row.p20) * scale for row, scale in zip(rows, per, strict=True)],
+                    [(row.p80 - row.p50) * scale for row, scale in zip(rows, per, strict=True)],
+                ],
+                capsize=2,
+            )
         axis.set(xscale="log", yscale="log", xlabel="parameters", title=f"{panel[0]}, {panel[1]} thread(s)")
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3, which="both")
@@ -237,14 +274,20 @@ def plot(path: Path, out: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lopt bench step`."""
     names = [*SIZES, *MODELS, *TIMM_MODELS]
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"sizes and models, of {', '.join(names)}; default: all but timm's")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"sizes and models, of {', '.join(names)}; default: all but timm's"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="of the parameters")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="of the parameters"
+    )
     parser.add_argument("--threads", type=int, nargs="+", help="CPU threads to try (default: 1 and all)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (default: 9)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds per contender and case (default: 10)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the reference")
-    parser.add_argument("--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the file's rows after measuring")
 
 
@@ -259,12 +302,21 @@ def run(args: argparse.Namespace) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}, commit {commit()}")
     for case in cases:
         for count in threads:
-            rows = measure(case, device, getattr(torch, args.dtype), count or torch.get_num_threads(), rounds=args.rounds,
-                           budget=args.budget, compiled=not args.no_compile)
+            rows = measure(
+                case,
+                device,
+                getattr(torch, args.dtype),
+                count or torch.get_num_threads(),
+                rounds=args.rounds,
+                budget=args.budget,
+                compiled=not args.no_compile,
+            )
             append(rows, path)
-            print(f"\n{case}: {rows[0].n:,} parameters in {rows[0].tensors} tensors, {args.dtype}"
-                  + (f", {count} thread(s)" if count else "")
-                  + f"\n  {'':<24} {'median':>13}  spread {'':>19} {'bandwidth':>10}  {'reference/':>8} {'adamw/':>8}")
+            print(
+                f"\n{case}: {rows[0].n:,} parameters in {rows[0].tensors} tensors, {args.dtype}"
+                + (f", {count} thread(s)" if count else "")
+                + f"\n  {'':<24} {'median':>13}  spread {'':>19} {'bandwidth':>10}  {'reference/':>8} {'adamw/':>8}"
+            )
             print(table(rows), flush=True)
     print(f"\nrows appended to {path}")
     if args.plot:

@@ -80,7 +80,9 @@ class HRNNConfig:
         object.__setattr__(self, "init_lr_range", tuple(self.init_lr_range))
         sizes = self.level_sizes
         if not 1 <= len(sizes) <= 3 or any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(f"level_sizes must be one to three positive integers, got {sizes}; the paper's: (10, 20, 20)")
+            raise ValueError(
+                f"level_sizes must be one to three positive integers, got {sizes}; the paper's: (10, 20, 20)"
+            )
         if type(self.timescales) is not int or self.timescales < 1:
             raise ValueError(f"timescales must be an integer >= 1, got {self.timescales!r}")
         for field in dataclasses.fields(self):
@@ -91,14 +93,25 @@ class HRNNConfig:
         if self.global_input not in ("mean", "last"):
             raise ValueError(f"global_input must be 'mean' or 'last', got {self.global_input!r}")
         if self.gradient_products and self.timescales == 1:
-            raise ValueError("gradient_products=True needs timescales >= 2: there is no neighbouring average to multiply")
+            raise ValueError(
+                "gradient_products=True needs timescales >= 2: there is no neighbouring average to multiply"
+            )
         if not self.dynamic_output_scale:
-            reading = [f"{name}={getattr(self, name)!r}" for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut")
-                       if getattr(self, name)]
+            reading = [
+                f"{name}={getattr(self, name)!r}"
+                for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut")
+                if getattr(self, name)
+            ]
             if reading:
-                raise ValueError(f"{', '.join(reading)} needs dynamic_output_scale=True: without it there is no log lr to read")
-        if not (math.isfinite(self.log_lr_min) and math.isfinite(self.log_lr_max) and self.log_lr_min < self.log_lr_max):
-            raise ValueError(f"log_lr_min must be below log_lr_max, both finite, got {self.log_lr_min} and {self.log_lr_max}")
+                raise ValueError(
+                    f"{', '.join(reading)} needs dynamic_output_scale=True: without it there is no log lr to read"
+                )
+        if not (
+            math.isfinite(self.log_lr_min) and math.isfinite(self.log_lr_max) and self.log_lr_min < self.log_lr_max
+        ):
+            raise ValueError(
+                f"log_lr_min must be below log_lr_max, both finite, got {self.log_lr_min} and {self.log_lr_max}"
+            )
         for name in ("ms_eps", "rms_eps"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

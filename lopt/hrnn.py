@@ -25,8 +25,15 @@ NONFINITE = ("skip", "raise")
 LIKELY_A_LEARNING_RATE = 0.05
 
 OPTIONS = {
-    "lr": 1.0, "init_lr": 1e-3, "weight_decay": 0.0, "maximize": False, "foreach": None, "fused": None,
-    "capturable": False, "differentiable": False, "train_mode": True,
+    "lr": 1.0,
+    "init_lr": 1e-3,
+    "weight_decay": 0.0,
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+    "train_mode": True,
 }  # of a parameter group, with their defaults
 
 Group = dict[str, Any]
@@ -101,8 +108,15 @@ class HRNN(Optimizer):
             raise ValueError(f"nonfinite={nonfinite!r} must be one of {', '.join(NONFINITE)}")
         backends.check_name(backend)
         options = {
-            "lr": lr, "init_lr": init_lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach,
-            "fused": fused, "capturable": capturable, "differentiable": differentiable, "train_mode": True,
+            "lr": lr,
+            "init_lr": init_lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "train_mode": True,
         }
         _check_group(options)
         self.meta = MetaParams.resolve(meta)
@@ -115,7 +129,9 @@ class HRNN(Optimizer):
         if small := [lr for lr in factors if 0 < lr <= LIKELY_A_LEARNING_RATE]:
             warnings.warn(
                 f"lr={small[0]} multiplies the learned step, which has its own learning rate: leave lr at 1.0. "
-                f"To choose where the learned rate starts, pass init_lr={small[0]}.", stacklevel=2)
+                f"To choose where the learned rate starts, pass init_lr={small[0]}.",
+                stacklevel=2,
+            )
 
     def _prepare(self) -> None:
         """Set what follows from the meta-parameters and is not saved."""
@@ -203,14 +219,17 @@ class HRNN(Optimizer):
             raise ValueError(
                 f"the state of parameter {key} {'lacks' if missing else 'has, beyond this architecture,'} "
                 f"{', '.join(missing or surplus)}: it was saved by another optimizer, or by HRNN with another "
-                f"architecture; pass the same meta as when it was saved")
+                f"architecture; pass the same meta as when it was saved"
+            )
         for name, row in expected.items():
             size = row.size(self.config)
             outer, inner = () if size is None else (size,), _real(param).shape if row.per == "parameter" else ()
             found = tuple(getattr(state[name], "shape", ()))
             if found != (*outer, *inner):
-                raise ValueError(f"{name!r} of parameter {key} has shape {found} in the state to load and must have "
-                                 f"{(*outer, *inner)}: another model, or another architecture of the optimizer")
+                raise ValueError(
+                    f"{name!r} of parameter {key} has shape {found} in the state to load and must have "
+                    f"{(*outer, *inner)}: another model, or another architecture of the optimizer"
+                )
 
     def _loaded(self, name: str, value: Any, param: Tensor) -> Any:
         """A value of a state to load, as a parameter's own: copied, on its device and in its memory order."""
@@ -257,8 +276,10 @@ class HRNN(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.meta.config.attention and not all(group["train_mode"] for group in self.param_groups):
-            raise RuntimeError("step() was called in eval mode: the parameters hold the point to evaluate, not the one "
-                               "at which gradients are wanted. Call optimizer.train() before the training step")
+            raise RuntimeError(
+                "step() was called in eval mode: the parameters hold the point to evaluate, not the one "
+                "at which gradients are wanted. Call optimizer.train() before the training step"
+            )
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by GradScaler
         if self.nonfinite == "raise" and found_inf is None:
             self._raise_nonfinite()
@@ -307,8 +328,10 @@ class HRNN(Optimizer):
             if grad is None:
                 continue
             if grad.layout is not torch.strided:
-                raise RuntimeError("HRNN does not support sparse gradients: use sparse=False in the embedding, or "
-                                   "another optimizer for its parameters")
+                raise RuntimeError(
+                    "HRNN does not support sparse gradients: use sparse=False in the embedding, or "
+                    "another optimizer for its parameters"
+                )
             state = states[param]
             if "hidden" not in state:
                 self._init_state(_real(param), state, group["init_lr"])
@@ -323,11 +346,16 @@ class HRNN(Optimizer):
 
     def _init_state(self, param: Tensor, state: dict[str, Tensor], init_lr: float) -> None:
         if not param.is_floating_point():
-            raise TypeError(f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype} and a gradient; HRNN "
-                            f"optimizes floating and complex tensors: leave it out")
+            raise TypeError(
+                f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype} and a gradient; HRNN "
+                f"optimizes floating and complex tensors: leave it out"
+            )
         log_lr = min(max(math.log(init_lr), self.config.log_lr_min), self.config.log_lr_max)
-        shared = [other["global_hidden"] for other in self.state.values()
-                  if "global_hidden" in other and other["global_hidden"].device == param.device]
+        shared = [
+            other["global_hidden"]
+            for other in self.state.values()
+            if "global_hidden" in other and other["global_hidden"].device == param.device
+        ]
         state.update(init_state(param, self.meta, log_lr))
         if self.config.levels >= 3:
             state["global_hidden"] = shared[0] if shared else init_global(self.meta, param.device)
@@ -339,14 +367,19 @@ class HRNN(Optimizer):
             raise RuntimeError(
                 f"a parameter has shape {tuple(param.shape)} on {param.device}, its state was made for "
                 f"{tuple(hidden.shape[1:])} on {hidden.device}. After moving a model call "
-                f"optimizer.load_state_dict(optimizer.state_dict()); after changing shapes make another optimizer")
+                f"optimizer.load_state_dict(optimizer.state_dict()); after changing shapes make another optimizer"
+            )
         if hidden.stride() != strides(param, self.config.hidden_size):
             for row in rows(self.config, "parameter"):
                 state[row.name] = like_parameter(state[row.name], param)
 
     def _step_device(
-        self, device: torch.device, columns: dict[str, list[Tensor]], groups: list[Group], found_inf: Tensor | None,
-        grad_scale: Tensor | None
+        self,
+        device: torch.device,
+        columns: dict[str, list[Tensor]],
+        groups: list[Group],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
     ) -> Tensor:
         """The three stages, for all tensors of one device at once; returns [] other than 0 if nothing was changed."""
         numel = [param.numel() for param in columns["param"]]
@@ -363,16 +396,39 @@ class HRNN(Optimizer):
         tensor_hidden, log_lr_mean = columns.get("tensor_hidden", []), columns.get("log_lr_mean", [])
         global_hidden = columns["global_hidden"][0] if "global_hidden" in columns else skip.new_empty(0)
         backend.advance(
-            meta, columns["grad"], columns["hidden"], columns["accum"], columns["ms"], columns.get("log_lr", []),
-            step, tensor_hidden, global_hidden, log_lr_mean, numel=numel,
-            maximize=[group["maximize"] for group in groups], grad_scale=grad_scale, skip=skip, update=plan.update,
-            attention_update=plan.attention_update, sums=plan.sums)
+            meta,
+            columns["grad"],
+            columns["hidden"],
+            columns["accum"],
+            columns["ms"],
+            columns.get("log_lr", []),
+            step,
+            tensor_hidden,
+            global_hidden,
+            log_lr_mean,
+            numel=numel,
+            maximize=[group["maximize"] for group in groups],
+            grad_scale=grad_scale,
+            skip=skip,
+            update=plan.update,
+            attention_update=plan.attention_update,
+            sums=plan.sums,
+        )
         backend.summarise(
-            meta, plan.sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=plan.scale)
+            meta, plan.sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=plan.scale
+        )
         backend.apply(
-            meta, columns["param"], columns.get("true_param", []), plan.update, plan.attention_update, plan.scale,
-            log_lr_mean, lr=[group["lr"] for group in groups],
-            weight_decay=[group["weight_decay"] for group in groups], skip=skip)
+            meta,
+            columns["param"],
+            columns.get("true_param", []),
+            plan.update,
+            plan.attention_update,
+            plan.scale,
+            log_lr_mean,
+            lr=[group["lr"] for group in groups],
+            weight_decay=[group["weight_decay"] for group in groups],
+            skip=skip,
+        )
         return skip
 
     def _make_plan(self, device: torch.device, numel: list[int]) -> _Plan:
@@ -384,7 +440,8 @@ class HRNN(Optimizer):
             raise RuntimeError(
                 f"`fused=True` requires all the params to be floating point Tensors of supported devices, and on "
                 f"{device.type} no fused kernel is usable for these meta-parameters: see `lopt info`; fused=None takes "
-                f"the fastest backend there is")
+                f"the fastest backend there is"
+            )
         like: dict[str, Any] = {"dtype": torch.float32, "device": device}
         updates = [torch.empty(sum(numel), **like) for _ in range(1 + self.config.attention)]
         return _Plan(
@@ -406,7 +463,8 @@ class HRNN(Optimizer):
                     name = group["param_names"][index] if "param_names" in group else f"{index} of group {position}"
                     raise RuntimeError(
                         f"the gradient of parameter {name}, shape {tuple(param.shape)}, is not finite or beyond "
-                        f"{GRADIENT_LIMIT:g}. Nothing was changed; nonfinite='skip' would pass over such steps")
+                        f"{GRADIENT_LIMIT:g}. Nothing was changed; nonfinite='skip' would pass over such steps"
+                    )
 
 
 def _no_steps() -> Tensor:

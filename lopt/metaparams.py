@@ -1,6 +1,7 @@
 """The learned numbers inside the optimizer: names, shapes, initialisation, files.
 
-The table `MetaParams.shapes(config)` is the one place that lists them. Weights are `(in, out)` and meet row vectors, `x @ w`.
+The table `MetaParams.shapes(config)` is the one place that lists them. Weights are `(in, out)` and meet row vectors,
+`x @ w`.
 """
 
 from __future__ import annotations
@@ -180,8 +181,12 @@ class MetaParams(Mapping[str, Tensor]):
             elif kind == "weight":
                 value = normal(shape, READOUT_SCALE / math.sqrt(shape[0]))
             else:
-                constants = {"scale_decay.bias": SCALE_DECAY_BIAS, "grad_decay.bias": GRAD_DECAY_BIAS,
-                             "log_lr.momentum": LOG_LR_MOMENTUM, "log_step.offset": LOG_STEP_OFFSET}
+                constants = {
+                    "scale_decay.bias": SCALE_DECAY_BIAS,
+                    "grad_decay.bias": GRAD_DECAY_BIAS,
+                    "log_lr.momentum": LOG_LR_MOMENTUM,
+                    "log_step.offset": LOG_STEP_OFFSET,
+                }
                 value = torch.full(shape, GATE_BIAS if ".gates." in name else constants.get(name, 0.0), **like)
             tensors[name] = value
         return cls(config, {name: value.to(dtype) for name, value in tensors.items()})
@@ -211,9 +216,13 @@ class MetaParams(Mapping[str, Tensor]):
         shapes = _shapes(config)
         count = sum(math.prod(shape) for shape in shapes.values())
         if flat.shape != (count,):
-            raise ValueError(f"a flat vector of shape ({count},) is needed for this configuration, got {tuple(flat.shape)}")
+            raise ValueError(
+                f"a flat vector of shape ({count},) is needed for this configuration, got {tuple(flat.shape)}"
+            )
         parts = flat.split([math.prod(shape) for shape in shapes.values()])
-        return cls(config, {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)})
+        return cls(
+            config, {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        )
 
     def save(self, path: str | os.PathLike[str], *, card: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file with the configuration in its metadata, atomically.
@@ -251,11 +260,14 @@ class MetaParams(Mapping[str, Tensor]):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): truncated, or written by something else") \
-                from None
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({error}): truncated, or written by something else"
+            ) from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no lopt meta-parameters: its metadata says format={metadata.get('format')!r}, "
-                             f"expected {FORMAT!r}; write it with MetaParams.save")
+            raise ValueError(
+                f"{path} holds no lopt meta-parameters: its metadata says format={metadata.get('format')!r}, "
+                f"expected {FORMAT!r}; write it with MetaParams.save"
+            )
         try:
             return cls(HRNNConfig.from_json(metadata.get("config", "")), tensors)
         except ValueError as error:
@@ -287,8 +299,10 @@ class MetaParams(Mapping[str, Tensor]):
         if isinstance(meta, str) and meta in shipped:
             return cls.load(shipped[meta])
         if not Path(meta).is_file():
-            raise FileNotFoundError(f"meta={str(meta)!r} is neither a file nor the name of shipped weights; "
-                                    f"shipped: {', '.join(shipped) or 'none'}")
+            raise FileNotFoundError(
+                f"meta={str(meta)!r} is neither a file nor the name of shipped weights; "
+                f"shipped: {', '.join(shipped) or 'none'}"
+            )
         return cls.load(meta)
 
     @classmethod
@@ -309,7 +323,9 @@ class MetaParams(Mapping[str, Tensor]):
             if variable in known:
                 array = np.asarray(known[variable])
                 if array.size != math.prod(shape):
-                    raise ValueError(f"variable {variable!r} has shape {array.shape}, it must be {tf_shape(name, shape)}")
+                    raise ValueError(
+                        f"variable {variable!r} has shape {array.shape}, it must be {tf_shape(name, shape)}"
+                    )
                 tensors[name] = torch.from_numpy(array.reshape(shape).copy())
             elif name.endswith(".init") and name in drawn:
                 tensors[name] = drawn[name]
@@ -321,5 +337,8 @@ class MetaParams(Mapping[str, Tensor]):
 
     def to_tf(self) -> dict[str, np.ndarray]:
         """The inverse of `from_tf`: arrays under the original's variable names, in the original's shapes."""
-        return {VARIABLE_NAMES[name]: tensor.detach().cpu().numpy().reshape(tf_shape(name, tuple(tensor.shape)))
-                for name, tensor in self.items() if self.config.learnable_init or not name.endswith(".init")}
+        return {
+            VARIABLE_NAMES[name]: tensor.detach().cpu().numpy().reshape(tf_shape(name, tuple(tensor.shape)))
+            for name, tensor in self.items()
+            if self.config.learnable_init or not name.endswith(".init")
+        }

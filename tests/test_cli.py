@@ -14,8 +14,10 @@ from lopt import backends, cli, info, native
 def command(monkeypatch, run, module="lopt.made_up"):
     """Put a subcommand `made-up` into the table whose run(args) is executed as a line of `module`."""
     fake = types.ModuleType(module)
-    exec("def run(args):\n    return body(args)\ndef add_arguments(parser):\n    parser.add_argument('--n', type=int)",
-         fake.__dict__)
+    exec(
+        "def run(args):\n    return body(args)\ndef add_arguments(parser):\n    parser.add_argument('--n', type=int)",
+        fake.__dict__,
+    )
     source = "def body(args):\n" + "".join(f"    {line}\n" for line in run.splitlines())
     exec(source, fake.__dict__)
     monkeypatch.setitem(sys.modules, module, fake)
@@ -79,8 +81,13 @@ def test_interrupted_command_ends_with_130(monkeypatch, capsys):
 
 
 def test_closed_pipe_ends_in_silence():
-    done = subprocess.run(f"{sys.executable} -m lopt info | true; exit ${{PIPESTATUS[0]}}", shell=True,
-                          executable="/bin/bash", capture_output=True, text=True)
+    done = subprocess.run(
+        f"{sys.executable} -m lopt info | true; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -37,8 +37,10 @@ def test_tensor_gru_reads_hidden_state_alone_where_features_are_the_bare_average
         ({"global_input": "first"}, ["global_input"]),
         ({"attention": 1}, ["attention"]),
         ({"dynamic_output_scale": False}, ["relative_log_lr", "dynamic_output_scale"]),
-        ({"dynamic_output_scale": False, "relative_log_lr": None, "extreme_indicator": True, "lr_shortcut": True},
-         ["extreme_indicator", "lr_shortcut", "dynamic_output_scale"]),
+        (
+            {"dynamic_output_scale": False, "relative_log_lr": None, "extreme_indicator": True, "lr_shortcut": True},
+            ["extreme_indicator", "lr_shortcut", "dynamic_output_scale"],
+        ),
         ({"log_lr_min": 1.0, "log_lr_max": 0.0}, ["log_lr_min", "log_lr_max"]),
         ({"ms_eps": -1e-12}, ["ms_eps"]),
         ({"ms_eps": 0.0, "rms_eps": 0.0}, ["ms_eps", "rms_eps"]),

@@ -56,10 +56,13 @@ class Place(NamedTuple):
             pytest.skip(str(error))
 
 
-PLACES = [Place(name, device)
-          for name, reason in backends.available().items() if reason is None
-          for device in ("cpu", "cuda")
-          if backends.BACKENDS[name].device in ("*", device) and (device == "cpu" or torch.cuda.is_available())]
+PLACES = [
+    Place(name, device)
+    for name, reason in backends.available().items()
+    if reason is None
+    for device in ("cpu", "cuda")
+    if backends.BACKENDS[name].device in ("*", device) and (device == "cpu" or torch.cuda.is_available())
+]
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: f"{place.backend}-{place.device}")
@@ -173,8 +176,13 @@ def test_each_group_has_its_own_options(place):
         param.data.copy_(params[0])
         param.grad.copy_(params[0].grad)
     before = values(params)
-    optimizer = place.hrnn([{"params": params[:1]}, {"params": params[1:2], "lr": 0.0},
-                            {"params": params[2:], "maximize": True, "init_lr": 1e-2}])
+    optimizer = place.hrnn(
+        [
+            {"params": params[:1]},
+            {"params": params[1:2], "lr": 0.0},
+            {"params": params[2:], "maximize": True, "init_lr": 1e-2},
+        ]
+    )
     optimizer.step()
     moved = [(param - old).abs().max().item() for param, old in zip(params, before, strict=True)]
     assert moved[1] == 0
@@ -223,18 +231,21 @@ def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
     assert_same(content(with_float), content(with_tensor))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"lr": -1.0}, "Invalid learning rate: -1"),
-    ({"lr": math.nan}, "Invalid learning rate: nan"),
-    ({"lr": math.inf}, "Invalid learning rate: inf"),
-    ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
-    ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
-    ({"init_lr": 0.0}, "Invalid init_lr: 0"),
-    ({"foreach": True}, "no foreach implementation"),
-    ({"differentiable": True}, "no differentiable implementation"),
-    ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),
-    ({"backend": "abacus"}, "backend='abacus' is not one of .*reference"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1"),
+        ({"lr": math.nan}, "Invalid learning rate: nan"),
+        ({"lr": math.inf}, "Invalid learning rate: inf"),
+        ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
+        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
+        ({"init_lr": 0.0}, "Invalid init_lr: 0"),
+        ({"foreach": True}, "no foreach implementation"),
+        ({"differentiable": True}, "no differentiable implementation"),
+        ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),
+        ({"backend": "abacus"}, "backend='abacus' is not one of .*reference"),
+    ],
+)
 def test_construction_refuses_what_it_cannot_do(options, message):
     param = nn.Parameter(torch.zeros(2))
     for params in ([param], [{"params": [param], "lr": 1.0, "init_lr": 1e-3, "weight_decay": 0.0}]):
@@ -242,12 +253,19 @@ def test_construction_refuses_what_it_cannot_do(options, message):
             HRNN(params, **options)
 
 
-@pytest.mark.parametrize(("params", "error", "message"), [
-    (torch.zeros(2), TypeError, "params argument given to the optimizer should be an iterable of Tensors or dicts"),
-    ([], ValueError, "optimizer got an empty parameter list"),
-    ([nn.Parameter(torch.zeros(1)) * 2], ValueError, "can't optimize a non-leaf Tensor"),
-    ([("a", nn.Parameter(torch.zeros(1))), nn.Parameter(torch.zeros(1))], ValueError, "Some param names are missing"),
-])
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (torch.zeros(2), TypeError, "params argument given to the optimizer should be an iterable of Tensors or dicts"),
+        ([], ValueError, "optimizer got an empty parameter list"),
+        ([nn.Parameter(torch.zeros(1)) * 2], ValueError, "can't optimize a non-leaf Tensor"),
+        (
+            [("a", nn.Parameter(torch.zeros(1))), nn.Parameter(torch.zeros(1))],
+            ValueError,
+            "Some param names are missing",
+        ),
+    ],
+)
 def test_construction_speaks_as_torch_does_about_bad_parameters(params, error, message):
     with pytest.raises(error, match=message):
         HRNN(params)
@@ -331,8 +349,10 @@ def test_optimizer_can_be_made_before_its_model_has_memory(place):
 
 def test_meta_is_given_as_object_or_file_and_both_train_alike(place, tmp_path):
     PAPER.save(tmp_path / "trained.safetensors")
-    optimizers = [place.hrnn(place.params(), meta=meta)
-                  for meta in (PAPER, tmp_path / "trained.safetensors", str(tmp_path / "trained.safetensors"))]
+    optimizers = [
+        place.hrnn(place.params(), meta=meta)
+        for meta in (PAPER, tmp_path / "trained.safetensors", str(tmp_path / "trained.safetensors"))
+    ]
     for optimizer in optimizers:
         train(optimizer, 2)
         assert_same(content(optimizer), content(optimizers[0]))
@@ -453,8 +473,11 @@ def test_an_integer_parameter_with_a_gradient_is_refused(place):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_state_is_float32_and_laid_out_as_its_table_says(place, dtype):
-    params = place.params(dtype=dtype) if not dtype.is_complex else [
-        nn.Parameter(torch.view_as_complex(param.data)) for param in place.params((4, 3, 2))]
+    params = (
+        place.params(dtype=dtype)
+        if not dtype.is_complex
+        else [nn.Parameter(torch.view_as_complex(param.data)) for param in place.params((4, 3, 2))]
+    )
     optimizer = place.hrnn(params)
     train(optimizer, 1)
     for param in params:
@@ -544,8 +567,12 @@ def test_memory_layout_of_parameter_and_gradient_does_not_matter(place, layout, 
     place.skip_unless_supported(meta)
     (start,), other = place.params((4, 3, 5, 2)), place.params((7,))[0]
     results = []
-    for param_layout, grad_layout in (("contiguous", "contiguous"), (layout, layout), (layout, "contiguous"),
-                                      ("contiguous", layout)):
+    for param_layout, grad_layout in (
+        ("contiguous", "contiguous"),
+        (layout, layout),
+        (layout, "contiguous"),
+        ("contiguous", layout),
+    ):
         param = nn.Parameter(layouts(start.detach())[param_layout])
         assert param.stride() == layouts(start.detach())[param_layout].stride()
         beside = nn.Parameter(other.detach().clone())
@@ -714,12 +741,15 @@ def through_memory(state_dict: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(("meta", "dtype"), [
-    ("paper", torch.float32),
-    ("attention", torch.bfloat16),
-    ("two_levels", torch.float64),
-    ("no_log_lr", torch.float16),
-])
+@pytest.mark.parametrize(
+    ("meta", "dtype"),
+    [
+        ("paper", torch.float32),
+        ("attention", torch.bfloat16),
+        ("two_levels", torch.float64),
+        ("no_log_lr", torch.float16),
+    ],
+)
 def test_resumed_run_equals_uninterrupted_run(place, meta, dtype):
     place.skip_unless_supported(METAS[meta])
     options: dict[str, Any] = {"meta": METAS[meta], "weight_decay": 0.01}
@@ -803,15 +833,21 @@ def test_a_dictionary_with_missing_options_or_a_plain_step_number_loads(place):
     assert {state["step"].item() for state in target.state.values()} == {3}
 
 
-@pytest.mark.parametrize(("saved", "message"), [
-    ("two_levels", "lacks global_hidden: it was saved by another optimizer, or by HRNN with another architecture"),
-    ("attention", "has, beyond this architecture, true_param"),
-    ("timescales", r"'hidden' of parameter 0 has shape \(10, 6, 5\) in the state to load and must have \(12, 6, 5\)"),
-    ("model", r"'hidden' of parameter 0 has shape \(10, 3\) in the state to load and must have \(10, 6, 5\)"),
-    ("adamw", "lacks hidden, accum"),
-    ("groups", "different number of parameter groups"),
-    ("sizes", "doesn't match the size of optimizer's group"),
-])
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ("two_levels", "lacks global_hidden: it was saved by another optimizer, or by HRNN with another architecture"),
+        ("attention", "has, beyond this architecture, true_param"),
+        (
+            "timescales",
+            r"'hidden' of parameter 0 has shape \(10, 6, 5\) in the state to load and must have \(12, 6, 5\)",
+        ),
+        ("model", r"'hidden' of parameter 0 has shape \(10, 3\) in the state to load and must have \(10, 6, 5\)"),
+        ("adamw", "lacks hidden, accum"),
+        ("groups", "different number of parameter groups"),
+        ("sizes", "doesn't match the size of optimizer's group"),
+    ],
+)
 def test_state_of_another_architecture_or_model_is_refused_and_nothing_is_changed(place, saved, message):
     params, options = place.params(), {}
     if saved == "adamw":
@@ -971,9 +1007,11 @@ SCHEDULERS: dict[str, Callable[[HRNN], lr_scheduler.LRScheduler]] = {
     "CyclicLR": lambda opt: lr_scheduler.CyclicLR(opt, 0.1, 1.0, 2, cycle_momentum=False),
     "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 1.0, 8, cycle_momentum=False),
     "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
-        opt, [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.9)], [2]),
+        opt, [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.9)], [2]
+    ),
     "ChainedScheduler": lambda opt: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.9)]),
+        [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.9)]
+    ),
     "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0),
     "SWALR": lambda opt: torch.optim.swa_utils.SWALR(opt, 0.5, 3),
 }

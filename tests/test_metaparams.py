@@ -16,16 +16,27 @@ CONFIGS = {
     "attention": HRNNConfig(attention=True),
     "two_levels": HRNNConfig(level_sizes=(10, 20)),
     "one_level": HRNNConfig(level_sizes=(10,)),
-    "bare": HRNNConfig(gradient_products=False, log_ms_features=False, relative_log_lr=None, dynamic_output_scale=False,
-                       learnable_decay=False, gradient_shortcut=False, timescales=1),
+    "bare": HRNNConfig(
+        gradient_products=False,
+        log_ms_features=False,
+        relative_log_lr=None,
+        dynamic_output_scale=False,
+        learnable_decay=False,
+        gradient_shortcut=False,
+        timescales=1,
+    ),
 }
 
 
 def equal(left: MetaParams, right: MetaParams) -> bool:
-    return left.config == right.config and list(left) == list(right) and all(torch.equal(left[k], right[k]) for k in left)
+    return (
+        left.config == right.config and list(left) == list(right) and all(torch.equal(left[k], right[k]) for k in left)
+    )
 
 
-@pytest.mark.parametrize(("name", "count"), [("paper", 8349), ("attention", 8363), ("two_levels", 3979), ("one_level", 749)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("paper", 8349), ("attention", 8363), ("two_levels", 3979), ("one_level", 749)]
+)
 def test_number_of_metaparams_is_that_of_the_original(name, count):
     assert MetaParams.init(CONFIGS[name]).count == count
 
@@ -38,8 +49,15 @@ def test_init_draws_the_distributions_of_the_original():
     def spread(name: str) -> tuple[float, float]:
         return meta[name].std().item(), 5 / math.sqrt(2 * meta[name].numel())
 
-    for name in ("level0.gates.weight", "level0.from_level1.weight", "level1.candidate.weight", "level2.gates.weight",
-                 "direction.weight", "scale_decay.weight", "log_lr.weight"):
+    for name in (
+        "level0.gates.weight",
+        "level0.from_level1.weight",
+        "level1.candidate.weight",
+        "level2.gates.weight",
+        "direction.weight",
+        "scale_decay.weight",
+        "log_lr.weight",
+    ):
         std, error = spread(name)
         assert std / (0.5 / math.sqrt(meta[name].shape[0])) == pytest.approx(1, abs=error), name
     std, error = spread("direction.shortcut")

@@ -13,6 +13,7 @@ from lopt import native
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     """lopt lives in an empty folder, and importing lopt._C fails as it does there."""
+
     def fails(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 

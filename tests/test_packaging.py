@@ -94,12 +94,21 @@ def test_kernels_are_compiled_once_per_instruction_set_and_the_rest_once(recipe,
     assert "build " + re.sub(r"([$ :])", r"$\1", str(tmp_path / "some $folder: x" / "_C.so")) + ": link" in text
 
 
-@pytest.mark.parametrize(("archs", "flags"), [
-    ("all-major", ["-arch=all-major"]),
-    ("native", ["-arch=native"]),
-    ("80,90a", ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
-                "-gencode=arch=compute_90a,code=compute_90a"]),
-])
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        ("all-major", ["-arch=all-major"]),
+        ("native", ["-arch=native"]),
+        (
+            "80,90a",
+            [
+                "-gencode=arch=compute_80,code=sm_80",
+                "-gencode=arch=compute_90a,code=sm_90a",
+                "-gencode=arch=compute_90a,code=compute_90a",
+            ],
+        ),
+    ],
+)
 def test_cuda_architectures_translate_to_flags(recipe, archs, flags):
     assert recipe["cuda_archs"](archs) == flags
 
@@ -115,7 +124,8 @@ def test_metadata_has_one_version_and_bounds_torch():
     assert ">=" in core["torch"]
     assert {"train", "test", "hub", "triton"} <= set(metadata.get_all("Provides-Extra"))
     assert [script.value for script in importlib.metadata.entry_points(group="console_scripts", name="lopt")] == [
-        "lopt.cli:main"]
+        "lopt.cli:main"
+    ]
 
 
 def test_import_is_silent_takes_no_cuda_and_compiles_nothing():

@@ -82,12 +82,16 @@ def choose(device: torch.device, config: HRNNConfig, requested: str | None = Non
     check_name(requested)
     if obstacle := _obstacle(requested, device, config):
         usable = [name for name in BACKENDS if _obstacle(name, device, config) is None]
-        raise RuntimeError(f"backend {requested!r} cannot be used: {obstacle}. "
-                           f"Usable here: {', '.join(usable)}; or pass backend=None for the fastest")
+        raise RuntimeError(
+            f"backend {requested!r} cannot be used: {obstacle}. "
+            f"Usable here: {', '.join(usable)}; or pass backend=None for the fastest"
+        )
     return _module(requested)
 
 
 def check_name(name: str | None) -> None:
     """Raise ValueError unless `name` is None or in the table."""
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not one of {', '.join(BACKENDS)}; pass backend=None for the fastest usable")
+        raise ValueError(
+            f"backend={name!r} is not one of {', '.join(BACKENDS)}; pass backend=None for the fastest usable"
+        )

@@ -1,10 +1,10 @@
 """The update rule in PyTorch: the definition of what is right, and the differentiable form for meta-training.
 
-First half: the rule as functions of flat tensors. One call advances all tensors of a model, laid one behind the other in
-a vector of n parameters; `Segments` says where each begins. Shapes carry leading batch dimensions `*B` throughout: many
-independent models advance in lock-step, and meta-parameters may have them too (one optimizer per model). Everything is
-differentiable, twice where the gradients fed in are. Letters and order are those of Wichrowska et al. 2017, section 3,
-and of its published code.
+First half: the rule as functions of flat tensors. One call advances all tensors of a model, laid one behind the other
+in a vector of n parameters; `Segments` says where each begins. Shapes carry leading batch dimensions `*B` throughout:
+many independent models advance in lock-step, and meta-parameters may have them too (one optimizer per model).
+Everything is differentiable, twice where the gradients fed in are. Letters and order are those of Wichrowska et al.
+2017, section 3, and of its published code.
 
 Second half: the three stages over lists of parameter tensors that every backend has, on top of the same functions.
 
@@ -237,7 +237,13 @@ def mean_log_lr(config: HRNNConfig, log_lr_mean: Tensor, numel: Tensor) -> Tenso
 
 
 def scaled_gradients(
-    config: HRNNConfig, segments: Segments, grad: Tensor, accum: Tensor, ms: Tensor, grad_decay: Tensor, scale_decay: Tensor
+    config: HRNNConfig,
+    segments: Segments,
+    grad: Tensor,
+    accum: Tensor,
+    ms: Tensor,
+    grad_decay: Tensor,
+    scale_decay: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient averages over the timescales, their mean squares, and the averages in units of their root mean square.
 
@@ -264,7 +270,12 @@ def scaled_gradients(
 
 
 def features(
-    config: HRNNConfig, segments: Segments, scaled: Tensor, ms: Tensor, log_lr: Tensor | None, relative_to: Tensor | None
+    config: HRNNConfig,
+    segments: Segments,
+    scaled: Tensor,
+    ms: Tensor,
+    log_lr: Tensor | None,
+    relative_to: Tensor | None,
 ) -> Tensor:
     """Inputs of the parameter GRU in the order of `config.features`: [*B, D, n].
 
@@ -314,11 +325,14 @@ def advance_flat(
     """
     numel = segments.lengths if numel is None else numel
     accum, ms, scaled = scaled_gradients(
-        config, segments, grad, state.accum, state.ms, state.grad_decay, state.scale_decay)
+        config, segments, grad, state.accum, state.ms, state.grad_decay, state.scale_decay
+    )
     relative_to = mean_log_lr(config, state.log_lr_mean, numel) if state.log_lr_mean is not None else None
     x = features(config, segments, scaled, ms, state.log_lr, relative_to)
     injected = injected_bias(meta, state.tensor_hidden, state.global_hidden)
-    hidden = _gru(meta, "level0", x, state.hidden, injected if injected is None else segments.expand(injected.mT), columns=True)
+    hidden = _gru(
+        meta, "level0", x, state.hidden, injected if injected is None else segments.expand(injected.mT), columns=True
+    )
 
     def direction(name: str) -> Tensor:
         value = _dot(meta[f"{name}.weight"], hidden)
@@ -353,7 +367,12 @@ class Summary(NamedTuple):
 
 
 def summarise_flat(
-    meta: Meta, config: HRNNConfig, sums: Tensor, numel: Tensor, tensor_hidden: Tensor | None, global_hidden: Tensor | None
+    meta: Meta,
+    config: HRNNConfig,
+    sums: Tensor,
+    numel: Tensor,
+    tensor_hidden: Tensor | None,
+    global_hidden: Tensor | None,
 ) -> Summary:
     """Per tensor: GRU over the means of hidden state and features; once: the global GRU over the tensors' new states.
 
@@ -373,8 +392,9 @@ def summarise_flat(
     if global_hidden is not None:
         assert tensor_hidden is not None
         inputs = tensor_hidden.mean(-2) if config.global_input == "mean" else tensor_hidden[..., -1, :]
-        global_hidden = _gru(
-            meta, "level2", inputs[..., None, :], global_hidden[..., None, :], None, columns=False)[..., 0, :]
+        global_hidden = _gru(meta, "level2", inputs[..., None, :], global_hidden[..., None, :], None, columns=False)[
+            ..., 0, :
+        ]
     directions = [columns.direction] + ([columns.attention] if columns.attention is not None else [])
     squares = torch.stack([means[..., column] for column in directions], -1)
     dynamic = config.dynamic_output_scale
@@ -402,9 +422,21 @@ def step(
     moved = param - factor[..., 0, :] * new.update
     attended = moved if new.attention_update is None else param - factor[..., 1, :] * new.attention_update
     grad_decay, scale_decay = read_decays(meta, config, new.hidden)
-    return moved, attended, FlatState(
-        new.hidden, new.accum, new.ms, grad_decay, scale_decay, new.log_lr,
-        summary.log_lr_mean, summary.tensor_hidden, summary.global_hidden)
+    return (
+        moved,
+        attended,
+        FlatState(
+            new.hidden,
+            new.accum,
+            new.ms,
+            grad_decay,
+            scale_decay,
+            new.log_lr,
+            summary.log_lr_mean,
+            summary.tensor_hidden,
+            summary.global_hidden,
+        ),
+    )
 
 
 def unusable() -> str | None:
@@ -532,9 +564,13 @@ def summarise(
     config = meta.config
     meta = meta.to(dtype=sums.dtype, device=sums.device)
     summary = summarise_flat(
-        meta, config, sums, torch.tensor(numel, device=sums.device),
+        meta,
+        config,
+        sums,
+        torch.tensor(numel, device=sums.device),
         torch.stack(list(tensor_hidden)) if tensor_hidden else None,
-        global_hidden if config.levels >= 3 else None)
+        global_hidden if config.levels >= 3 else None,
+    )
     keep = skip != 0
     for index, count in enumerate(step):
         if summary.tensor_hidden is not None:

@@ -1,8 +1,9 @@
 """Replay of recordings of the original code: the same gradients, the same numbers.
 
-A recording is an .npz file with the original's meta-parameters, a start, the gradients fed in and every slot after every
-step (`replay`), or a quadratic problem and the meta-gradients of two consecutive unrolls (`replay_meta_gradient`). Both
-functions return arrays under the recording's own keys, so that checking is a comparison key by key.
+A recording is an .npz file with the original's meta-parameters, a start, the gradients fed in and every slot after
+every step (`replay`), or a quadratic problem and the meta-gradients of two consecutive unrolls
+(`replay_meta_gradient`). Both functions return arrays under the recording's own keys, so that checking is a comparison
+key by key.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def load_recording(path: str | os.PathLike[str]) -> Arrays:
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from None
     if "config_json" not in arrays or not any(key.startswith("meta/update_weights") for key in arrays):
-        raise ValueError(f"{path} is no recording of the hierarchical RNN: it has no config_json with its meta-parameters")
+        raise ValueError(
+            f"{path} is no recording of the hierarchical RNN: it has no config_json with its meta-parameters"
+        )
     options = json.loads(str(arrays["config_json"]))
     if "level_sizes" not in options:
         raise ValueError(f"{path} is no recording of the hierarchical RNN: its configuration names no level_sizes")
@@ -73,12 +76,23 @@ def _rows(state: Tensor) -> np.ndarray:
 
 
 def _slots(
-    meta: Mapping[str, Tensor], config: HRNNConfig, hidden: Tensor, accum: Tensor, ms: Tensor, log_lr: Tensor | None,
-    tensor_hidden: Tensor | None, decays: tuple[Tensor, Tensor], param: Tensor
+    meta: Mapping[str, Tensor],
+    config: HRNNConfig,
+    hidden: Tensor,
+    accum: Tensor,
+    ms: Tensor,
+    log_lr: Tensor | None,
+    tensor_hidden: Tensor | None,
+    decays: tuple[Tensor, Tensor],
+    param: Tensor,
 ) -> Arrays:
     """One tensor's state under the original's slot names; `hidden`, `accum` and `ms` are [features, n]."""
-    slots = {"parameter": _rows(hidden), "inp_decay": _rows(decays[0][None]), "scl_decay": _rows(decays[1][None]),
-             "true_param": param.detach().numpy().copy()}
+    slots = {
+        "parameter": _rows(hidden),
+        "inp_decay": _rows(decays[0][None]),
+        "scl_decay": _rows(decays[1][None]),
+        "true_param": param.detach().numpy().copy(),
+    }
     for scale in range(config.timescales):
         slots[f"grad_accum{scale + 1}"] = _rows(accum[scale, None])
         slots[f"ms{scale + 1}"] = _rows(ms[scale, None])
@@ -122,13 +136,23 @@ def replay(path: str | os.PathLike[str], backend: str = "reference") -> Arrays:
             true_param = state.get("true_param", param)
             decays = read_decays(meta, config, state["hidden"].reshape(config.hidden_size, -1))
             slots = _slots(
-                meta, config, state["hidden"], state["accum"], state["ms"], state.get("log_lr"),
-                state.get("tensor_hidden"), decays, true_param)
+                meta,
+                config,
+                state["hidden"],
+                state["accum"],
+                state["ms"],
+                state.get("log_lr"),
+                state.get("tensor_hidden"),
+                decays,
+                true_param,
+            )
             arrays = {f"param/{i}": slots["true_param"], f"attend/{i}": param.detach().numpy().copy()}
             for key, value in (arrays | {f"state/{i}/{slot}": value for slot, value in slots.items()}).items():
                 out.setdefault(key, []).append(value)
         if config.levels >= 3:
-            out.setdefault("global", []).append(optimizer.state[params[0]]["global_hidden"].reshape(1, -1).numpy().copy())
+            out.setdefault("global", []).append(
+                optimizer.state[params[0]]["global_hidden"].reshape(1, -1).numpy().copy()
+            )
     return {key: np.stack(values) for key, values in out.items()}
 
 
@@ -157,8 +181,10 @@ def _set_start(optimizer: HRNN, params: list[torch.nn.Parameter], recording: Arr
         if decays.any():
             read = read_decays(optimizer.meta, config, state["hidden"].reshape(config.hidden_size, -1))
             if not np.allclose(decays, torch.stack(read).numpy(), rtol=1e-5, atol=1e-7):
-                raise ValueError(f"tensor {i} starts with decays that its hidden state does not give: this start cannot be "
-                                 f"represented, decays are not stored")
+                raise ValueError(
+                    f"tensor {i} starts with decays that its hidden state does not give: this start cannot be "
+                    f"represented, decays are not stored"
+                )
         state_dict["state"][i] = state
     optimizer.load_state_dict(state_dict)
 
@@ -248,13 +274,23 @@ def replay_meta_gradient(path: str | os.PathLike[str]) -> Arrays:
                 (grad,) = torch.autograd.grad(objective(point), point, create_graph=second_order)
             theta, attended, state = step(leaves, config, segments, theta, grad, state)
         values = torch.stack(objectives)
-        loss = meta_objective(values, initial, log=options.get("use_log_objective", True),
-                              numerator_eps=options.get("use_numerator_epsilon", False))
+        loss = meta_objective(
+            values,
+            initial,
+            log=options.get("use_log_objective", True),
+            numerator_eps=options.get("use_numerator_epsilon", False),
+        )
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        meta_grads = {name: torch.zeros_like(leaf) if grad is None else grad
-                      for (name, leaf), grad in zip(leaves.items(), grads, strict=True)}
+        meta_grads = {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+        }
         meta = optimizer.step(leaves, meta_grads)
-        arrays: dict[str, Any] = {"objectives": values.detach().numpy(), "initial_obj": initial.numpy(), "metaobj": loss.item()}
+        arrays: dict[str, Any] = {
+            "objectives": values.detach().numpy(),
+            "initial_obj": initial.numpy(),
+            "metaobj": loss.item(),
+        }
         arrays |= {f"dmeta/{name}": array for name, array in MetaParams(config, meta_grads).to_tf().items()}
         arrays |= {f"meta_after/{name}": array for name, array in meta.to_tf().items()}
         arrays |= _final(leaves, config, segments, start, theta, attended, state)
@@ -263,18 +299,29 @@ def replay_meta_gradient(path: str | os.PathLike[str]) -> Arrays:
 
 
 def _final(
-    meta: MetaParams, config: HRNNConfig, segments: Segments, start: list[Tensor], theta: Tensor, attended: Tensor,
-    state: FlatState
+    meta: MetaParams,
+    config: HRNNConfig,
+    segments: Segments,
+    start: list[Tensor],
+    theta: Tensor,
+    attended: Tensor,
+    state: FlatState,
 ) -> Arrays:
     arrays: Arrays = {}
     for i, (begin, end) in enumerate(segments.bounds):
         part = slice(begin, end)
         param = theta[part].reshape(start[i].shape)
         slots = _slots(
-            meta, config, state.hidden[:, part], state.accum[:, part], state.ms[:, part],
+            meta,
+            config,
+            state.hidden[:, part],
+            state.accum[:, part],
+            state.ms[:, part],
             None if state.log_lr is None else state.log_lr[part],
             None if state.tensor_hidden is None else state.tensor_hidden[i],
-            (state.grad_decay[part], state.scale_decay[part]), param)
+            (state.grad_decay[part], state.scale_decay[part]),
+            param,
+        )
         arrays |= {f"final_state/{i}/{slot}": value for slot, value in slots.items()}
         arrays[f"final_param/{i}"] = slots["true_param"]
         arrays[f"final_attend/{i}"] = attended[part].detach().reshape(start[i].shape).numpy()
@@ -292,7 +339,9 @@ def compare(recording: Arrays, replayed: Arrays) -> dict[str, float]:
     Raises:
         ValueError: an array is missing on one side, or has another shape there.
     """
-    outcomes = {key for key in recording if key.startswith(("param/", "attend/", "state/", "u0/", "u1/")) or key == "global"}
+    outcomes = {
+        key for key in recording if key.startswith(("param/", "attend/", "state/", "u0/", "u1/")) or key == "global"
+    }
     if missing := sorted(outcomes - set(replayed)):
         raise ValueError(f"{missing} were recorded and not replayed")
     worst: dict[str, float] = {}
@@ -310,7 +359,9 @@ def compare(recording: Arrays, replayed: Arrays) -> dict[str, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lopt replay`."""
-    parser.description = "Replay recordings of the original code and print the worst error of every slot, relative to its maximum."
+    parser.description = (
+        "Replay recordings of the original code and print the worst error of every slot, relative to its maximum."
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="recorded trajectory or meta-gradient (.npz)")
     parser.add_argument("--backend", default="reference", choices=list(BACKENDS), help="backend for trajectories")
 

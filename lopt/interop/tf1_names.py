@@ -62,8 +62,16 @@ def config_options(options: dict) -> dict:
         "init_lr_range": "init_lr_range",
     }
     combined = {"use_relative_lr", "use_problem_lr_mean"}
-    training_only = {"use_log_objective", "obj_train_max_multiplier", "use_second_derivatives", "use_numerator_epsilon",
-                     "random_seed", "cell_size", "num_cells", "cell_cls"}
+    training_only = {
+        "use_log_objective",
+        "obj_train_max_multiplier",
+        "use_second_derivatives",
+        "use_numerator_epsilon",
+        "random_seed",
+        "cell_size",
+        "num_cells",
+        "cell_cls",
+    }
     if unknown := sorted(set(options) - set(renamed) - combined - training_only):
         raise ValueError(f"{unknown} are not arguments of the original's HierarchicalRNN")
     fields = {ours: options[theirs] for theirs, ours in renamed.items() if theirs in options}

@@ -22,8 +22,14 @@ from lopt.train import TrainError, checkpoint
 from lopt.train.loop import StopRequest
 
 DEFAULTS: dict[str, Any] = {
-    "recipe": "default", "minutes": None, "stages": None, "seed": 0, "tasks": [], "start": None,
-    "device": "cpu", "threads": 1,
+    "recipe": "default",
+    "minutes": None,
+    "stages": None,
+    "seed": 0,
+    "tasks": [],
+    "start": None,
+    "device": "cpu",
+    "threads": 1,
 }
 
 
@@ -62,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         options = _saved_options(folder)
         if fixed := sorted(set(given) - {"device", "threads"}):
-            raise TrainError(
-                f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out"
-            )
+            raise TrainError(f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out")
         options |= given
     torch.set_num_threads(options["threads"])
     training = MetaTraining(

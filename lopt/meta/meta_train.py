@@ -136,9 +136,7 @@ class MetaTraining:
         self.mixes = stage.mixes() + ([self.extra] if self.extra else [])
         self.estimator = ESTIMATORS[stage.estimator](stage)
         self.optimizer = (
-            Adam(stage.betas, stage.clip)
-            if stage.optimizer == "adam"
-            else TFRMSProp(self.recipe.config, stage.clip)
+            Adam(stage.betas, stage.clip) if stage.optimizer == "adam" else TFRMSProp(self.recipe.config, stage.clip)
         )
 
     @property
@@ -168,9 +166,7 @@ class MetaTraining:
             mix = self.step % len(self.mixes)
         else:
             world = next(iter(self.worlds.values()), None)
-            if world is not None and not (
-                world.restarts >= self._current.sampled and world.age[0] >= world.length[0]
-            ):
+            if world is not None and not (world.restarts >= self._current.sampled and world.age[0] >= world.length[0]):
                 return world
             self.worlds = {}
             mix = int(self._random.scalar() * len(self.mixes))
@@ -219,9 +215,7 @@ class MetaTraining:
         self.pending, self.pending_seconds = [], 0.0
 
     def _validate(self) -> tuple[float, float]:
-        result = validate.scores(
-            validate.learned(self.meta, list(validate.validation_tasks().values()), VALID_STEPS)
-        )
+        result = validate.scores(validate.learned(self.meta, list(validate.validation_tasks().values()), VALID_STEPS))
         return result.final.mean().item(), result.area.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
@@ -296,9 +290,7 @@ class MetaTraining:
         score = self.rows[-1][COLUMNS.index("valid_final")]
         if score != "" and score < self.best:
             self.best = score
-            self.meta.save(
-                folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)}
-            )
+            self.meta.save(folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)})
 
     def save(self, folder: Path) -> None:
         """Write checkpoint, metrics, meta-parameters and curves, each atomically."""

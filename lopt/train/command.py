@@ -42,28 +42,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument("--optimizer", choices=OPTIMIZERS, help="default: hrnn")
-    how.add_argument("--lr", type=_positive, help="default: 1 for hrnn (it multiplies the learned step), "
-                     "0.001 for adamw, 0.1 for sgd")
+    how.add_argument(
+        "--lr",
+        type=_positive,
+        help="default: 1 for hrnn (it multiplies the learned step), 0.001 for adamw, 0.1 for sgd",
+    )
     how.add_argument("--init-lr", type=_positive, metavar="LR", help="hrnn: rate its learned rates start from")
-    how.add_argument("--weight-decay", type=_not_negative, metavar="W", help="decoupled for hrnn and adamw; default: "
-                     "0 for hrnn, 0.01 for adamw, 0.0005 for sgd")
+    how.add_argument(
+        "--weight-decay",
+        type=_not_negative,
+        metavar="W",
+        help="decoupled for hrnn and adamw; default: 0 for hrnn, 0.01 for adamw, 0.0005 for sgd",
+    )
     how.add_argument("--schedule", choices=SCHEDULES, help="of lr over the run (default: cosine)")
     how.add_argument("--meta", metavar="NAME|FILE", help="hrnn: learned weights (default: the shipped ones)")
     how.add_argument("--backend", metavar="NAME", help="hrnn: reference, cpu, triton or cuda (default: the fastest)")
-    how.add_argument("--compare", nargs="+", type=_rival, metavar="NAME[:LR]",
-                     help="then train the same with adamw, sgd or hrnn and draw both")
+    how.add_argument(
+        "--compare",
+        nargs="+",
+        type=_rival,
+        metavar="NAME[:LR]",
+        help="then train the same with adamw, sgd or hrnn and draw both",
+    )
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    where.add_argument("--threads", type=_whole(1), metavar="N",
-                       help="on a CPU (default: 1 for preresnet8 on digits, too little to share; else torch's own)")
-    where.add_argument("--workers", type=_whole(0), metavar="N",
-                       help="processes that decode images (default: the cores)")
+    where.add_argument(
+        "--threads",
+        type=_whole(1),
+        metavar="N",
+        help="on a CPU (default: 1 for preresnet8 on digits, too little to share; else torch's own)",
+    )
+    where.add_argument(
+        "--workers", type=_whole(0), metavar="N", help="processes that decode images (default: the cores)"
+    )
     folder = where.add_mutually_exclusive_group()
     folder.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/<model>-<data>-<optimizer>-<n>")
     folder.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
-    where.add_argument("--log-every", type=_whole(1), metavar="STEPS",
-                       help=f"rows of metrics.csv (default: about {ROWS})")
+    where.add_argument(
+        "--log-every", type=_whole(1), metavar="STEPS", help=f"rows of metrics.csv (default: about {ROWS})"
+    )
     where.add_argument("--eval-every", type=_whole(1), metavar="STEPS", help="test accuracy (default: every epoch)")
     where.add_argument("--checkpoint-every", type=_whole(1), metavar="STEPS", help="default: every half minute")
 
@@ -117,8 +135,10 @@ def _train_all(training: Training, folder: Path) -> int:
                 break
             _report(label, training, home)
     if not done:
-        print(f"stopped at step {training.step:,} of {training.config.steps:,} ({label}); "
-              f"continue with: lopt train --resume {folder}")
+        print(
+            f"stopped at step {training.step:,} of {training.config.steps:,} ({label}); "
+            f"continue with: lopt train --resume {folder}"
+        )
         return 128 + (stop.received or signal.SIGINT)
     print(f"files      {folder}: curves.png, metrics.csv, checkpoint.pt, config.json")
     return 0
@@ -296,11 +316,16 @@ def _announce(training: Training, folder: Path) -> None:
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
     where = config.device + (threads if config.device == "cpu" else "")
     print(f"model      {config.model}: {sum(map(torch.numel, tensors)):,} parameters in {len(tensors)} tensors")
-    print(f"data       {data.name}: {data.train_count:,} training and {data.test_count:,} test images of "
-          f"{config.image_size}x{config.image_size} in {data.classes} classes")
+    print(
+        f"data       {data.name}: {data.train_count:,} training and {data.test_count:,} test images of "
+        f"{config.image_size}x{config.image_size} in {data.classes} classes"
+    )
     print(f"optimizer  {OPTIMIZERS[config.optimizer].label}: {', '.join(details)}")
-    print(f"run        {config.steps:,} steps of {config.batch_size} images ({epochs:.3g} epochs) on {where}, "
-          f"in {folder}", flush=True)
+    print(
+        f"run        {config.steps:,} steps of {config.batch_size} images ({epochs:.3g} epochs) on {where}, "
+        f"in {folder}",
+        flush=True,
+    )
 
 
 def _report(label: str, training: Training, folder: Path) -> None:
@@ -308,8 +333,10 @@ def _report(label: str, training: Training, folder: Path) -> None:
     skipped = int(getattr(training.optimizer, "skipped_steps", 0))
     note = f"; {skipped:,} steps with a non-finite gradient were skipped" if skipped else ""
     accuracy, loss = float(tested[-1][5]), float(tested[-1][4])
-    print(f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f}, "
-          f"{training.step:,} steps in {training.seconds:.0f} s{note}")
+    print(
+        f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f}, "
+        f"{training.step:,} steps in {training.seconds:.0f} s{note}"
+    )
 
 
 def _whole(least: int) -> Callable[[str], int]:

@@ -12,10 +12,24 @@ CONFIGS = {
     "paper": HRNNConfig(level_sizes=(3, 4, 2), timescales=3),
     "attention": HRNNConfig(level_sizes=(3, 4, 2), timescales=2, attention=True, zero_init_lr_weights=False),
     "tensor_mean_last": HRNNConfig(level_sizes=(3, 2, 2), timescales=2, relative_log_lr="tensor", global_input="last"),
-    "everything_fed": HRNNConfig(level_sizes=(2, 3), timescales=2, extreme_indicator=True, lr_shortcut=True,
-                                 multiple_scale_decays=True, gradient_shortcut=False, zero_init_lr_weights=False),
-    "bare": HRNNConfig(level_sizes=(3,), timescales=1, gradient_products=False, log_ms_features=False,
-                       relative_log_lr=None, dynamic_output_scale=False, learnable_decay=False),
+    "everything_fed": HRNNConfig(
+        level_sizes=(2, 3),
+        timescales=2,
+        extreme_indicator=True,
+        lr_shortcut=True,
+        multiple_scale_decays=True,
+        gradient_shortcut=False,
+        zero_init_lr_weights=False,
+    ),
+    "bare": HRNNConfig(
+        level_sizes=(3,),
+        timescales=1,
+        gradient_products=False,
+        log_ms_features=False,
+        relative_log_lr=None,
+        dynamic_output_scale=False,
+        learnable_decay=False,
+    ),
 }
 SIZES = [3, 1, 2]
 
@@ -150,13 +164,47 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
         scale = torch.empty(3, directions, dtype=torch.float64)
         skip = torch.zeros(())
         reference.advance(
-            meta, grads, rows("hidden"), rows("accum"), rows("ms"), rows("log_lr"), rows("step"), rows("tensor_hidden"),
-            global_hidden, rows("log_lr_mean"), numel=SIZES, maximize=[False] * 3, grad_scale=None, skip=skip,
-            update=update, attention_update=attention, sums=sums)
-        reference.summarise(meta, sums, rows("tensor_hidden"), global_hidden, rows("log_lr_mean"), rows("step"),
-                            numel=SIZES, skip=skip, scale=scale)
-        reference.apply(meta, params, rows("true_param"), update, attention, scale, rows("log_lr_mean"),
-                        lr=[1.0] * 3, weight_decay=[0.0] * 3, skip=skip)
+            meta,
+            grads,
+            rows("hidden"),
+            rows("accum"),
+            rows("ms"),
+            rows("log_lr"),
+            rows("step"),
+            rows("tensor_hidden"),
+            global_hidden,
+            rows("log_lr_mean"),
+            numel=SIZES,
+            maximize=[False] * 3,
+            grad_scale=None,
+            skip=skip,
+            update=update,
+            attention_update=attention,
+            sums=sums,
+        )
+        reference.summarise(
+            meta,
+            sums,
+            rows("tensor_hidden"),
+            global_hidden,
+            rows("log_lr_mean"),
+            rows("step"),
+            numel=SIZES,
+            skip=skip,
+            scale=scale,
+        )
+        reference.apply(
+            meta,
+            params,
+            rows("true_param"),
+            update,
+            attention,
+            scale,
+            rows("log_lr_mean"),
+            lr=[1.0] * 3,
+            weight_decay=[0.0] * 3,
+            skip=skip,
+        )
     torch.testing.assert_close(torch.cat([param.reshape(-1) for param in params]), attended)
     hidden = torch.cat([state.reshape(config.hidden_size, -1) for state in rows("hidden")], 1)
     torch.testing.assert_close(hidden, flat_state.hidden)

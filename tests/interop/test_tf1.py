@@ -90,7 +90,9 @@ def test_replay_goes_on_from_the_middle_of_a_recording(tmp_path):
         for key in [key for key in recording if key.startswith(f"state0/{i}/")]:
             middle[key] = recording[key.replace("state0", "state")][4]
     middle["global0"] = recording["global"][4]
-    for key in [key for key in recording if key.startswith(("param/", "attend/", "grads/", "state/")) or key == "global"]:
+    for key in [
+        key for key in recording if key.startswith(("param/", "attend/", "grads/", "state/")) or key == "global"
+    ]:
         middle[key] = recording[key][5:]
     middle["T"] = np.array(7)
     np.savez(tmp_path / "middle.npz", **middle)
@@ -107,7 +109,9 @@ def test_a_start_that_decays_cannot_represent_is_refused(tmp_path):
 
 
 def test_constructor_arguments_of_the_original_translate():
-    config = config_of({"level_sizes": [10, 30], "use_relative_lr": True, "use_problem_lr_mean": False, "max_log_lr": 5})
+    config = config_of(
+        {"level_sizes": [10, 30], "use_relative_lr": True, "use_problem_lr_mean": False, "max_log_lr": 5}
+    )
     assert config == HRNNConfig(level_sizes=(10, 30), relative_log_lr="tensor", log_lr_max=5.0, global_input="last")
     with pytest.raises(ValueError, match="use_magic"):
         config_of({"use_magic": True})
@@ -136,7 +140,7 @@ def test_rms_scaling_equals_the_recorded_one():
         _, new_ms, scaled = scaled_gradients(config, Segments([len(grad)]), grad, ms[None], ms[None], decay, decay)
         np.testing.assert_allclose(new_ms[0], recorded[f"rms/{j}/new_ms"][:, 0], rtol=1e-6)
         expected = recorded[f"rms/{j}/scaled"][:, 0]
-        # The recorded asinh is the naive one: good to 1e-4 where its argument is above -100, that is its value above -5.3.
+        # The recorded asinh is the naive one: good to 1e-4 where its argument is above -100, its value above -5.3.
         good = np.isfinite(expected) & (expected > -5.3)
         assert good.any()
         np.testing.assert_allclose(scaled[0].numpy()[good], expected[good], atol=1e-4)

@@ -93,8 +93,15 @@ class Stages:
         def set_(tensor: Tensor, low: float, high: float) -> None:
             tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
 
-        ranges = {"hidden": (-1, 1), "accum": (-1, 1), "ms": (0.01, 1), "log_lr": (-9, -3), "tensor_hidden": (-1, 1),
-                  "log_lr_mean": (-7, -6), "step": (1, 1)}
+        ranges = {
+            "hidden": (-1, 1),
+            "accum": (-1, 1),
+            "ms": (0.01, 1),
+            "log_lr": (-9, -3),
+            "tensor_hidden": (-1, 1),
+            "log_lr_mean": (-7, -6),
+            "step": (1, 1),
+        }
         for state in self.states[:-1]:
             for name in ranges:
                 if name in state:
@@ -107,16 +114,43 @@ class Stages:
     def step(self, grads: list[Tensor]) -> None:
         like = self.updates
         self.backend.advance(
-            self.meta, [grad.to(like) for grad in grads], *map(self.rows, ("hidden", "accum", "ms", "log_lr", "step")),
-            self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"), numel=self.numel,
-            maximize=[False] * len(grads), grad_scale=None, skip=self.skip, update=self.update,
-            attention_update=self.attention_update, sums=self.sums)
+            self.meta,
+            [grad.to(like) for grad in grads],
+            *map(self.rows, ("hidden", "accum", "ms", "log_lr", "step")),
+            self.rows("tensor_hidden"),
+            self.global_hidden,
+            self.rows("log_lr_mean"),
+            numel=self.numel,
+            maximize=[False] * len(grads),
+            grad_scale=None,
+            skip=self.skip,
+            update=self.update,
+            attention_update=self.attention_update,
+            sums=self.sums,
+        )
         self.backend.summarise(
-            self.meta, self.sums, self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
-            self.rows("step"), numel=self.numel, skip=self.skip, scale=self.scale)
+            self.meta,
+            self.sums,
+            self.rows("tensor_hidden"),
+            self.global_hidden,
+            self.rows("log_lr_mean"),
+            self.rows("step"),
+            numel=self.numel,
+            skip=self.skip,
+            scale=self.scale,
+        )
         self.backend.apply(
-            self.meta, self.params, self.rows("true_param"), self.update, self.attention_update, self.scale,
-            self.rows("log_lr_mean"), lr=[1.0] * len(grads), weight_decay=[0.1] * len(grads), skip=self.skip)
+            self.meta,
+            self.params,
+            self.rows("true_param"),
+            self.update,
+            self.attention_update,
+            self.scale,
+            self.rows("log_lr_mean"),
+            lr=[1.0] * len(grads),
+            weight_decay=[0.1] * len(grads),
+            skip=self.skip,
+        )
 
     def values(self) -> dict[str, Tensor]:
         """Everything a step writes; what there is one of per tensor, of all tensors in one."""
@@ -134,8 +168,13 @@ def gradients(shapes: list, steps: int) -> list[list[Tensor]]:
     def scale(t: int, index: int) -> float:
         return 0.0 if t % 3 == 2 and index % 2 == 0 else 10.0 ** (index % 8 - 4)
 
-    return [[torch.randn(shape, generator=generator, dtype=torch.float64) * scale(t, index)
-             for index, shape in enumerate(shapes)] for t in range(steps)]
+    return [
+        [
+            torch.randn(shape, generator=generator, dtype=torch.float64) * scale(t, index)
+            for index, shape in enumerate(shapes)
+        ]
+        for t in range(steps)
+    ]
 
 
 def error(value: Tensor, right: Tensor) -> float:
@@ -169,8 +208,10 @@ def test_dtypes_groups_and_tensor_lr_agree_with_the_reference():
     for backend in ("triton", "reference"):
         copies = [start.to(DEVICE, dtype, copy=True) for start, dtype in zip(starts, dtypes, strict=True)]
         params = [torch.nn.Parameter(copy) for copy in copies]
-        groups = [{"params": params[:2], "lr": torch.tensor(0.7, device=DEVICE, dtype=torch.float64)},
-                  {"params": params[2:], "weight_decay": 0.3, "maximize": True, "lr": 0.5}]
+        groups = [
+            {"params": params[:2], "lr": torch.tensor(0.7, device=DEVICE, dtype=torch.float64)},
+            {"params": params[2:], "weight_decay": 0.3, "maximize": True, "lr": 0.5},
+        ]
         optimizer = lopt.HRNN(groups, meta=MetaParams.init(seed=3), init_lr=0.1, backend=backend)
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.t().contiguous().t().to(DEVICE, param.dtype)  # lies otherwise than the parameter
@@ -237,18 +278,28 @@ def test_replayed_trajectory_equals_the_recording(name, tmp_path):
     recording = tf1.load_recording(RECORDINGS / f"{name}.npz")
     steps = 2
     outcomes = ("param/", "attend/", "grads/", "state/")
-    short = {key: array[:steps] if key.startswith(outcomes) or key == "global" else array
-             for key, array in recording.items()}
+    short = {
+        key: array[:steps] if key.startswith(outcomes) or key == "global" else array for key, array in recording.items()
+    }
     short["T"] = np.array(steps)
     np.savez(tmp_path / "short.npz", **short)
     errors = tf1.compare(short, tf1.replay(tmp_path / "short.npz", "triton"))
     assert max(errors.values()) <= tf1.TOLERANCE, errors
 
 
-@pytest.mark.parametrize("options", [
-    {"level_sizes": (9, 20, 20)}, {"timescales": 3}, {"log_ms_features": False}, {"relative_log_lr": None},
-    {"multiple_scale_decays": True}, {"lr_shortcut": True}, {"extreme_indicator": True}, {"level_sizes": (10, 2000)},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"level_sizes": (9, 20, 20)},
+        {"timescales": 3},
+        {"log_ms_features": False},
+        {"relative_log_lr": None},
+        {"multiple_scale_decays": True},
+        {"lr_shortcut": True},
+        {"extreme_indicator": True},
+        {"level_sizes": (10, 2000)},
+    ],
+)
 def test_a_configuration_without_kernels_is_refused_by_name(options):
     assert next(iter(options)) in triton.unsupported(HRNNConfig(**options))
 

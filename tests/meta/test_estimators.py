@@ -23,9 +23,7 @@ class Fixed(Task):
         return [torch.tensor([1.0, -2.0]).expand(count, 2), torch.full((count, 1), 0.5)]
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        return (
-            (torch.tensor([1.0, 5.0]) * params[0].square()).sum(-1) + (params[0][:, 0] + params[1][:, 0]) ** 2 + 0.1
-        )
+        return (torch.tensor([1.0, 5.0]) * params[0].square()).sum(-1) + (params[0][:, 0] + params[1][:, 0]) ** 2 + 0.1
 
 
 class Slope(Fixed):

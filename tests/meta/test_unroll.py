@@ -92,22 +92,18 @@ class Recorded(Task):
         return [point[None].clone() for point in self.points]
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        return 0.5 * (
-            self.w @ torch.cat([param.flatten(1) for param in params], 1)[..., None] - self.y
-        ).square().sum((1, 2))
+        return 0.5 * (self.w @ torch.cat([param.flatten(1) for param in params], 1)[..., None] - self.y).square().sum(
+            (1, 2)
+        )
 
 
 @pytest.mark.parametrize("path", sorted(RECORDINGS.glob("metagrad_*.npz")), ids=lambda path: path.stem)
 def test_meta_steps_equal_those_recorded_from_the_original(path):
     recording = load_recording(path)
     config = config_of(json.loads(str(recording["config_json"])))
-    meta = MetaParams.from_tf(
-        {key[5:]: value for key, value in recording.items() if key.startswith("meta/")}, config
-    )
+    meta = MetaParams.from_tf({key[5:]: value for key, value in recording.items() if key.startswith("meta/")}, config)
     random = Random(torch.Generator().manual_seed(0))
-    world = World(
-        Mix([Recorded(recording)], config), 1, random, Draw(1e9), Augment(), PaperObjective(), full_loss=True
-    )
+    world = World(Mix([Recorded(recording)], config), 1, random, Draw(1e9), Augment(), PaperObjective(), full_loss=True)
     estimator, optimizer = TruncatedBPTT(second_order=bool(recording["second"])), RMSProp(lr=1e-3)
     log_lr = torch.cat([torch.from_numpy(recording[f"loglr0/{i}"]).reshape(1, -1) for i in range(2)], 1)
     world._draw = lambda task, p, out: out.copy_(log_lr)  # type: ignore[method-assign]

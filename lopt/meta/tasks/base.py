@@ -53,7 +53,8 @@ class Random:
     def integers(self, count: int, *shape: int, high: int) -> Tensor:
         """[count, *shape], integers in [0, high)."""
         return self._tiled(
-            lambda size: torch.randint(high, size, generator=self.generator, device=self.device), count, shape)
+            lambda size: torch.randint(high, size, generator=self.generator, device=self.device), count, shape
+        )
 
     def permutation(self, count: int, n: int) -> Tensor:
         """[count, n], each row a random order of 0 .. n-1."""
@@ -161,14 +162,17 @@ class Rescaled(Wrapper):
         scale, loss_scale: a number, or (low, high) to draw log-uniformly for each copy.
     """
 
-    def __init__(self, task: Task, scale: float | tuple[float, float] = 1.0,
-                 loss_scale: float | tuple[float, float] = 1.0) -> None:
+    def __init__(
+        self, task: Task, scale: float | tuple[float, float] = 1.0, loss_scale: float | tuple[float, float] = 1.0
+    ) -> None:
         super().__init__(task)
         self.scale, self.loss_scale = scale, loss_scale
 
     def instance(self, count: int, random: Random) -> Data:
-        drawn = [random.log_uniform(count, low=scale[0], high=scale[1]) if isinstance(scale, tuple) else scale
-                 for scale in (self.scale, self.loss_scale)]
+        drawn = [
+            random.log_uniform(count, low=scale[0], high=scale[1]) if isinstance(scale, tuple) else scale
+            for scale in (self.scale, self.loss_scale)
+        ]
         return {"task": super().instance(count, random), "scale": drawn[0], "loss_scale": drawn[1]}
 
     def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
@@ -215,5 +219,8 @@ class Sum(Task):
 
     def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
         """The children's noise is kept apart: each corrupts its own gradients."""
-        return [grad for task, part in zip(self.tasks, self._split(grads), strict=True)
-                for grad in task.corrupt(list(part), random)]
+        return [
+            grad
+            for task, part in zip(self.tasks, self._split(grads), strict=True)
+            for grad in task.corrupt(list(part), random)
+        ]

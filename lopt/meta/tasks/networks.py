@@ -53,8 +53,17 @@ class Network(Batches):
 
     weight = 1.5
 
-    def __init__(self, features: int = 12, outputs: int = 4, *, samples: int = 192, batch: int = 32, noise: float = 0.0,
-                 regression: bool = False, gain: float = 1.5) -> None:
+    def __init__(
+        self,
+        features: int = 12,
+        outputs: int = 4,
+        *,
+        samples: int = 192,
+        batch: int = 32,
+        noise: float = 0.0,
+        regression: bool = False,
+        gain: float = 1.5,
+    ) -> None:
         self.features, self.outputs, self.samples, self.batch = features, outputs, samples, batch
         self.noise, self.regression, self.gain = noise, regression, gain
         self.shapes = tuple(self.layout())
@@ -135,10 +144,21 @@ class MLP(Network):
         **options: of `Network`.
     """
 
-    def __init__(self, hidden: tuple[int, ...] = (16,), activation: Activation = torch.relu,
-                 norm: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, *, residual: bool = False,
-                 features: int = 12, outputs: int = 4, samples: int = 192, batch: int = 32, noise: float = 0.0,
-                 regression: bool = False, gain: float = 1.5) -> None:
+    def __init__(
+        self,
+        hidden: tuple[int, ...] = (16,),
+        activation: Activation = torch.relu,
+        norm: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        *,
+        residual: bool = False,
+        features: int = 12,
+        outputs: int = 4,
+        samples: int = 192,
+        batch: int = 32,
+        noise: float = 0.0,
+        regression: bool = False,
+        gain: float = 1.5,
+    ) -> None:
         self.hidden, self.activation, self.norm, self.residual = hidden, activation, norm, residual
         super().__init__(features, outputs, samples=samples, batch=batch, noise=noise, regression=regression, gain=gain)
 
@@ -169,10 +189,18 @@ class MLP(Network):
 class Autoencoder(MLP):
     """Reproduces its input through a bottleneck."""
 
-    def __init__(self, hidden: tuple[int, ...] = (8, 3, 8), activation: Activation = torch.tanh, *, features: int = 12,
-                 samples: int = 192, batch: int = 32) -> None:
-        super().__init__(hidden, activation, features=features, outputs=features, samples=samples, batch=batch,
-                         regression=True)
+    def __init__(
+        self,
+        hidden: tuple[int, ...] = (8, 3, 8),
+        activation: Activation = torch.tanh,
+        *,
+        features: int = 12,
+        samples: int = 192,
+        batch: int = 32,
+    ) -> None:
+        super().__init__(
+            hidden, activation, features=features, outputs=features, samples=samples, batch=batch, regression=True
+        )
 
     def instance(self, count: int, random: Random) -> Data:
         x = self.samples_of(count, random)
@@ -191,8 +219,18 @@ class Conv(Network):
         **options: of `Network`.
     """
 
-    def __init__(self, channels: tuple[int, ...] = (6, 6), size: int = 5, activation: Activation = torch.relu, *,
-                 norm: bool = True, outputs: int = 4, samples: int = 96, batch: int = 16, noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (6, 6),
+        size: int = 5,
+        activation: Activation = torch.relu,
+        *,
+        norm: bool = True,
+        outputs: int = 4,
+        samples: int = 96,
+        batch: int = 16,
+        noise: float = 0.0,
+    ) -> None:
         self.channels, self.size, self.activation, self.norm = channels, size, activation, norm
         super().__init__(size * size, outputs, samples=samples, batch=batch, noise=noise)
 
@@ -236,7 +274,7 @@ class Conv(Network):
 
 
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    """"Same" convolution of each copy: [count, m, h, w, c], [count, k, k, c, out] -> [count, m, h, w, out]."""
+    """ "Same" convolution of each copy: [count, m, h, w, c], [count, k, k, c, out] -> [count, m, h, w, out]."""
     count, m, height, width, _ = x.shape
     k = kernel.shape[1]
     padded = F.pad(x, (0, 0, k // 2, k // 2, k // 2, k // 2))
@@ -248,8 +286,17 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
 class Tokens(Network):
     """Base of networks on sequences of tokens; the label depends on all pairs of tokens through a random table."""
 
-    def __init__(self, vocabulary: int = 8, length: int = 6, width: int = 8, *, outputs: int = 4, samples: int = 192,
-                 batch: int = 32, noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        vocabulary: int = 8,
+        length: int = 6,
+        width: int = 8,
+        *,
+        outputs: int = 4,
+        samples: int = 192,
+        batch: int = 32,
+        noise: float = 0.0,
+    ) -> None:
         self.vocabulary, self.length, self.width = vocabulary, length, width
         super().__init__(vocabulary * length, outputs, samples=samples, batch=batch, noise=noise)
 
@@ -278,8 +325,18 @@ class Attention(Tokens):
 
     def layout(self) -> list[tuple[int, ...]]:
         d = self.width
-        return [(self.vocabulary, d), (self.length, d), (d, 3 * d), (d, d), (d, 2 * d), (2 * d,), (2 * d, d), (d,),
-                (d, self.outputs), (self.outputs,)]
+        return [
+            (self.vocabulary, d),
+            (self.length, d),
+            (d, 3 * d),
+            (d, d),
+            (d, 2 * d),
+            (2 * d,),
+            (2 * d, d),
+            (d,),
+            (d, self.outputs),
+            (self.outputs,),
+        ]
 
     def output(self, params: Params, x: Tensor) -> Tensor:
         embeddings, positions, mix_in, mix_out, expand, expand_bias, contract, contract_bias, weight, bias = params
@@ -315,8 +372,13 @@ class NextToken(Tokens):
         super().__init__(vocabulary, 2, width, outputs=vocabulary, samples=samples, batch=batch)
 
     def layout(self) -> list[tuple[int, ...]]:
-        return [(self.vocabulary, self.width), (2 * self.width, 2 * self.width), (2 * self.width,),
-                (2 * self.width, self.outputs), (self.outputs,)]
+        return [
+            (self.vocabulary, self.width),
+            (2 * self.width, 2 * self.width),
+            (2 * self.width,),
+            (2 * self.width, self.outputs),
+            (self.outputs,),
+        ]
 
     def output(self, params: Params, x: Tensor) -> Tensor:
         embeddings, weight, bias, out, out_bias = params

@@ -84,8 +84,9 @@ class Function2D(Task):
     shapes = ((2,),)
     weight = 0.25
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor],
-                 box: tuple[tuple[float, float], tuple[float, float]] | None) -> None:
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], box: tuple[tuple[float, float], tuple[float, float]] | None
+    ) -> None:
         self.function, self.box = function, box
 
     def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
@@ -297,8 +298,13 @@ class ConvNet(Classifier):
         activation: after each convolution.
     """
 
-    def __init__(self, image: tuple[int, int, int], filters: tuple[tuple[int, int, int], ...],
-                 batch: int | None = None, activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        filters: tuple[tuple[int, int, int], ...],
+        batch: int | None = None,
+        activation: Callable[[Tensor], Tensor] = torch.relu,
+    ) -> None:
         height, width, channels = self.image = image
         self.activation = activation
         shapes: list[tuple[int, ...]] = []
@@ -402,13 +408,27 @@ def _bowls() -> list[Task]:
 
 
 def _softmax() -> list[Task]:
-    return [Softmax(features, separation, batch) for features, separation, batch in
-            [(10, 2.0, 100), (100, 1.0, 50), (200, 1.5, 20), (256, 1.5, 100)]]
+    return [
+        Softmax(features, separation, batch)
+        for features, separation, batch in [(10, 2.0, 100), (100, 1.0, 50), (200, 1.5, 20), (256, 1.5, 100)]
+    ]
 
 
 def _nets() -> list[Task]:
-    hidden = [(8, (8, 5)), (12, (8, 5, 3)), (5, (4, 4, 4, 4)), (11, (4, 5, 6)), (9, (8,)), (7, (8, 5)),
-              (8, (32, 64)), (12, (16, 8, 3)), (5, (8, 8, 8, 8)), (11, (10, 12, 12)), (9, (32,)), (7, (32, 64))]
+    hidden = [
+        (8, (8, 5)),
+        (12, (8, 5, 3)),
+        (5, (4, 4, 4, 4)),
+        (11, (4, 5, 6)),
+        (9, (8,)),
+        (7, (8, 5)),
+        (8, (32, 64)),
+        (12, (16, 8, 3)),
+        (5, (8, 8, 8, 8)),
+        (11, (10, 12, 12)),
+        (9, (32,)),
+        (7, (32, 64)),
+    ]
     batches = [10, 200, 100, 64, 128, 16] * 2
     return [FullyConnected(features, widths, batch) for (features, widths), batch in zip(hidden, batches, strict=True)]
 
@@ -420,9 +440,14 @@ def _log_children() -> list[Task]:
 def _sums() -> list[list[Task]]:
     quadratics: list[Task] = [Quadratic(n) for n in (11, 3, 9, 7, 5, 13, 12)]
     nine = [_function(name) for name in FUNCTIONS_2D]
-    return [quadratics, [Norm(18, 3), Quadratic(25), _function("rosenbrock")], nine,
-            [*nine, Quadratic(5), Quadratic(13)], [Quadratic(11), Quadratic(3)],
-            [_function(name) for name in ("rosenbrock", "logsumexp", "ackley")]]
+    return [
+        quadratics,
+        [Norm(18, 3), Quadratic(25), _function("rosenbrock")],
+        nine,
+        [*nine, Quadratic(5), Quadratic(13)],
+        [Quadratic(11), Quadratic(3)],
+        [_function(name) for name in ("rosenbrock", "logsumexp", "ackley")],
+    ]
 
 
 def paper_tasks() -> dict[str, list[Task]]:
@@ -442,7 +467,8 @@ def paper_tasks() -> dict[str, list[Task]]:
         "log": [LogOf(task) for task in _log_children()],
         "rescale": [
             *(Rescaled(Norm(18, p), s) for p, s in [(2.5, 0.123), (1.5, 8), (2.0, 50), (3.0, 200), (1.0, 1000)]),
-            *(Rescaled(Quadratic(n), s) for n, s in [(20, 0.1), (25, 10.0), (50, 350.0), (100, 132.0)])],
+            *(Rescaled(Quadratic(n), s) for n, s in [(20, 0.1), (25, 10.0), (50, 350.0), (100, 132.0)]),
+        ],
         "norm": [Norm(n, p) for n, p in [(27, 1.0), (25, 2.0), (22, 3.0)]],
         "norm_noisy": [Noisy(Norm(n, p), 0.1) for n, p in [(19, 1.0), (26, 2.0), (23, 3.0)]],
         "sum": [Sum(*tasks) for tasks in sums],
