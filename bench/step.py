@@ -215,7 +215,7 @@ def table(rows: list[Row]) -> str:
             return f"{median[other] / p50:8.2f}x" if other in median else "        -"
 
         lines.append(
-            f"  {row.backend:<24} {row.p50 * 1e3:10.4f} ms  ±{spread * 50:3.0f} %  {row.p50 / row.n * 1e9:9.2f} ns/param"
+            f"  {row.backend:<24} {row.p50 * 1e3:10.4f} ms  ±{spread * 50:3.0f} % {row.p50 / row.n * 1e9:9.2f} ns/param"
             f" {bandwidth / 1e9:8.2f} GB/s {ratio('hrnn reference')} {ratio('adamw fused')}"
         )
     return "\n".join(lines)
