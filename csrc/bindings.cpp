@@ -12,6 +12,7 @@
 #include <string>
 
 #include "hrnn.h"
+#include "hrnn_meta.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,6 +23,7 @@ namespace py = pybind11;
 #define LOPT_DECLARE(isa)      \
   namespace lopt::isa {        \
   extern const Kernels kernels; \
+  extern const MetaKernels meta_kernels; \
   }
 LOPT_FOR_EACH_ISA(LOPT_DECLARE)
 #undef LOPT_DECLARE
@@ -67,13 +69,14 @@ static py::dict compiled() {
 struct Active {
   std::string isa;
   const lopt::Kernels* kernels = nullptr;
+  const lopt::MetaKernels* meta = nullptr;
 };
 
 // The strongest instruction set that this processor runs, or the one named `name`.
 static Active strongest(const std::string& name) {
   Active active;
 #define LOPT_TRY(isa) \
-  if (runs(#isa) && (name.empty() || name == #isa)) active = {#isa, &lopt::isa::kernels};
+  if (runs(#isa) && (name.empty() || name == #isa)) active = {#isa, &lopt::isa::kernels, &lopt::isa::meta_kernels};
   LOPT_FOR_EACH_ISA(LOPT_TRY)
 #undef LOPT_TRY
   if (!active.kernels) throw std::invalid_argument("instruction set '" + name + "' is not compiled in or not run by this processor");
@@ -196,6 +199,39 @@ static void map(const std::string& function, int64_t from, int64_t to, int64_t n
     throw std::invalid_argument("no function '" + function + "' to test");
 }
 
+static lopt::MetaState meta_state(List at) {
+  const auto pointer = [&](int i) { return at.address<void>(i); };
+  return {pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), pointer(5)};
+}
+
+// What both directions of a meta-training step have in common; see lopt/backends/cpu_flat.py.
+static lopt::MetaStep meta_step(py::dict common, List old) {
+  const auto integer = [&](const char* name) { return common[name].cast<int64_t>(); };
+  const auto real = [&](const char* name) { return common[name].cast<double>(); };
+  return {integer("rows"), integer("n"), integer("tensors"), pointer<const int32_t>(integer("owner")),
+          pointer<const int64_t>(integer("begins")), common["products"].cast<bool>(), common["attention"].cast<bool>(),
+          real("log_lr_min"), real("log_lr_max"), real("ms_eps"), real("rms_eps"), integer("weight_stride"),
+          pointer<const void>(integer("weights")), pointer<const void>(integer("injected")),
+          pointer<const void>(integer("relative_to")), pointer<const void>(integer("grad")), meta_state(old),
+          int(integer("threads"))};
+}
+
+static void meta_forward(bool is_double, py::dict common, List old, List now, int64_t update, int64_t attention_update, int64_t sums) {
+  const lopt::MetaForward args{meta_step(common, old), meta_state(now), pointer<void>(update), pointer<void>(attention_update),
+                               pointer<void>(sums)};
+  const py::gil_scoped_release release;
+  active().meta->forward[is_double](args);
+}
+
+static void meta_backward(bool is_double, py::dict common, List old, List now, int64_t update, int64_t attention_update,
+                          int64_t sums, List d_old, int64_t d_weights, int64_t d_injected, int64_t d_relative_to) {
+  const lopt::MetaBackward args{meta_step(common, old), meta_state(now), pointer<const void>(update),
+                                pointer<const void>(attention_update), pointer<const void>(sums), meta_state(d_old),
+                                pointer<void>(d_weights), pointer<void>(d_injected), pointer<void>(d_relative_to)};
+  const py::gil_scoped_release release;
+  active().meta->backward[is_double](args);
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lopt: raw pointers in, nothing of torch.";
   m.attr("__version__") = LOPT_VERSION;
@@ -209,4 +245,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("summarise", &summarise, "Stage 2.");
   m.def("apply", &apply, "Stage 3.");
   m.def("map", &map, "A function of csrc/simd.h over an array of floats, for tests.");
+  m.def("meta_forward", &meta_forward, "The parameter level of many models, see lopt/backends/cpu_flat.py.");
+  m.def("meta_backward", &meta_backward, "Its derivative.");
 }

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lopt.backends import reference
-from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, read_decays, sums_columns
+from lopt.backends.cpu_flat import read_decays
+from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.meta.tasks.base import Data, Random, Task
 

@@ -1,0 +1,316 @@
+"""The fused parameter level of meta-training against the reference: values, derivatives, memory, threads."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from lopt import HRNNConfig, MetaParams, native
+from lopt.backends import cpu, cpu_flat, reference
+from lopt.backends.reference import FlatState, Segments
+from lopt.meta.tasks import Random, networks, paper
+from lopt.meta.unroll import Augment, Draw, Mix, Objective, World
+
+pytestmark = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unusable()))
+
+CONFIGS = {
+    "default": HRNNConfig(),
+    "attention": HRNNConfig(level_sizes=(10, 5, 3), attention=True, relative_log_lr="tensor"),
+    "bare": HRNNConfig(level_sizes=(10,), gradient_products=False, gradient_shortcut=False),
+    "attention_without_shortcut": HRNNConfig(level_sizes=(10, 6), attention=True, gradient_shortcut=False),
+    "fixed_decays": HRNNConfig(level_sizes=(10, 6), learnable_decay=False, learnable_grad_decay=False),
+}
+SIZES = {"tiny": [3, 1, 2], "mixed": [3, 50, 1, 7, 90], "one": [40]}
+
+
+def make_meta(
+    config: HRNNConfig, dtype: torch.dtype, batch: tuple[int, ...] = (), spread: float = 0.1
+) -> dict[str, Tensor]:
+    """Meta-parameters near their initial values, none of them zero."""
+    generator = torch.Generator().manual_seed(1)
+    noise = {
+        name: torch.randn((*batch, *value.shape), generator=generator, dtype=torch.float64)
+        for name, value in MetaParams.init(config, seed=1).items()
+    }
+    meta = MetaParams.init(config, seed=1, dtype=torch.float64)
+    return {name: (meta[name] + spread * noise[name]).to(dtype).requires_grad_() for name in meta}
+
+
+def make_state(
+    config: HRNNConfig, segments: Segments, dtype: torch.dtype, batch: tuple[int, ...]
+) -> tuple[Tensor, FlatState]:
+    """A gradient and a state in the middle of a training run, all of which needs a gradient."""
+    generator = torch.Generator().manual_seed(2)
+    n, tensors, s = segments.total, len(segments), config.timescales
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*batch, *shape, generator=generator, dtype=torch.float64)
+
+    log_lr = -6 + rand(n)
+    state = (
+        2 * rand(config.hidden_size, n) - 1,
+        rand(s, n) - 0.5,
+        0.1 + rand(s, n),
+        0.3 + 0.5 * rand(n),
+        0.3 + 0.5 * rand(n),
+        log_lr,
+        segments.mean(log_lr),
+        2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
+        2 * rand(config.global_size) - 1 if config.levels > 2 else None,
+    )
+    return (rand(n) - 0.5).to(dtype), FlatState(
+        *(None if value is None else value.to(dtype).requires_grad_() for value in state)
+    )
+
+
+def leaves(meta: dict[str, Tensor], state: FlatState) -> dict[str, Tensor]:
+    own = zip(FlatState._fields, state, strict=True)
+    return meta | {name: value for name, value in own if value is not None}
+
+
+def derivatives(advance, meta, config, segments, grad, state) -> dict[str, Tensor]:
+    """All outputs and the derivative of a random combination of them by all leaves."""
+    new = advance(meta, config, segments, grad, state)
+    generator = torch.Generator().manual_seed(3)
+    results = {f"new {name}": value for name, value in zip(new._fields, new, strict=True) if value is not None}
+    loss = sum(
+        (value * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)).sum()
+        for value in results.values()
+    )
+    by = leaves(meta, state)
+    slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)
+    return {name: value.detach() for name, value in results.items()} | {
+        name: slope for name, slope in zip(by, slopes, strict=True) if slope is not None
+    }
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / (theirs.double().norm() + 1e-30))
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_step_agrees_with_the_reference_in_float64(name, sizes, batch):
+    config, segments = CONFIGS[name], Segments(SIZES[sizes])
+    meta = make_meta(config, torch.float64)
+    inputs = make_state(config, segments, torch.float64, batch)
+    theirs = derivatives(reference.advance_flat, meta, config, segments, *inputs)
+    ours = derivatives(cpu.advance_flat, meta, config, segments, *inputs)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert distance(ours[key], value) < 1e-12, key
+
+
+@pytest.mark.parametrize("name", ["default", "attention"])
+def test_gradcheck_in_float64(name):
+    config, segments = CONFIGS[name], Segments([2, 1])
+    config = dataclasses.replace(config, level_sizes=(10, 2, 2))
+    meta = make_meta(config, torch.float64)
+    grad, state = make_state(config, segments, torch.float64, ())
+    used = derivatives(reference.advance_flat, meta, config, segments, grad, state)
+    by = {key: value for key, value in leaves(meta, state).items() if key in used}
+
+    def advance(*values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(by, values, strict=True))
+        new = cpu.advance_flat(
+            {key: given.get(key, value) for key, value in meta.items()},
+            config,
+            segments,
+            grad,
+            FlatState(*(given.get(key, value) for key, value in zip(FlatState._fields, state, strict=True))),
+        )
+        return tuple(value for value in new if value is not None)
+
+    assert torch.autograd.gradcheck(advance, tuple(by.values()), fast_mode=True, atol=1e-6)
+
+
+def unroll(
+    advance, config: HRNNConfig, dtype: torch.dtype, sizes: list[int], steps: int, batch: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """First-order meta-gradients of a quadratic bowl's loss over an unroll from the first step on."""
+    segments = Segments(sizes)
+    meta = make_meta(config, dtype, spread=0.02)
+    generator = torch.Generator().manual_seed(4)
+    theta = torch.randn(*batch, segments.total, generator=generator, dtype=torch.float64).to(dtype)
+    log_lr = (-5 + torch.rand(theta.shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    state = reference.init_flat_state(meta, config, segments, log_lr)
+    loss = torch.zeros((), dtype=dtype)
+    for _ in range(steps):
+        noise = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(dtype)
+        grad = theta.detach() + 0.1 * noise
+        new = advance(meta, config, segments, grad, state)
+        summary = reference.summarise_flat(
+            meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden
+        )
+        theta = theta - segments.expand(summary.scale[..., 0]) * new.update
+        loss = loss + theta.square().mean()
+        read_decays = cpu_flat.read_decays if advance is cpu.advance_flat else reference.read_decays
+        decays = read_decays(meta, config, new.hidden)
+        state = FlatState(
+            new.hidden,
+            new.accum,
+            new.ms,
+            *decays,
+            new.log_lr,
+            summary.log_lr_mean,
+            summary.tensor_hidden,
+            summary.global_hidden,
+        )
+    by = meta | {"log_lr": log_lr}
+    slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)
+    return {name: slope for name, slope in zip(by, slopes, strict=True) if slope is not None}
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_meta_gradients_of_an_unroll_agree_in_float32(name, batch):
+    exact = unroll(reference.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, batch)
+    ours = unroll(cpu.advance_flat, CONFIGS[name], torch.float32, SIZES["mixed"], 20, batch)
+    assert ours.keys() == exact.keys()
+    worst = {key: distance(ours[key], value) for key, value in exact.items()}
+    all_ours, all_exact = (torch.cat([values[key].double().flatten() for key in exact]) for values in (ours, exact))
+    assert distance(all_ours, all_exact) < 1e-5, worst
+    assert max(worst.values()) < 1e-4, worst
+
+
+@pytest.mark.parametrize("name", ["default", "attention"])
+def test_float64_unroll_agrees(name):
+    exact = unroll(reference.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, (2,))
+    ours = unroll(cpu.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, (2,))
+    for key, value in exact.items():
+        assert distance(ours[key], value) < 1e-10, key
+
+
+def test_the_clip_passes_gradients_as_if_it_were_not_there():
+    config, segments = dataclasses.replace(CONFIGS["default"], log_lr_min=-5.6, log_lr_max=-5.4), Segments([30])
+    meta = make_meta(config, torch.float64)
+    inputs = make_state(config, segments, torch.float64, ())
+    theirs = derivatives(reference.advance_flat, meta, config, segments, *inputs)
+    ours = derivatives(cpu.advance_flat, meta, config, segments, *inputs)
+    for key, value in theirs.items():
+        assert distance(ours[key], value) < 1e-12, key
+    assert ours["log_lr.bias"] != 0
+
+
+def test_meta_parameters_of_their_own_for_each_row():
+    config, segments = CONFIGS["default"], Segments(SIZES["mixed"])
+    meta = {name: value.detach() for name, value in make_meta(config, torch.float32, batch=(3,)).items()}
+    grad, state = make_state(config, segments, torch.float32, (3,))
+    with torch.no_grad():
+        ours = cpu.advance_flat(meta, config, segments, grad, state)
+        theirs = reference.advance_flat(meta, config, segments, grad, state)
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        if theirs_ is not None:
+            assert distance(ours_, theirs_) < 2e-6
+
+
+def test_second_order_goes_to_the_reference():
+    config, segments = CONFIGS["default"], Segments([5])
+    meta = make_meta(config, torch.float64)
+    grad, state = make_state(config, segments, torch.float64, ())
+    grad.requires_grad_()
+    new = cpu.advance_flat(meta, config, segments, grad, state)
+    (slope,) = torch.autograd.grad(new.update.sum(), grad, create_graph=True)
+    assert slope.requires_grad
+
+
+def test_mean_squares_without_a_past():
+    config, segments = CONFIGS["default"], Segments([20, 20])
+    meta = make_meta(config, torch.float64)
+    grad, state = make_state(config, segments, torch.float64, ())
+    ms = state.ms.detach().clone()
+    ms[:2, :20] = 0
+    state = state._replace(ms=ms.requires_grad_())
+    theirs = derivatives(reference.advance_flat, meta, config, segments, grad, state)
+    ours = derivatives(cpu.advance_flat, meta, config, segments, grad, state)
+    for key, value in theirs.items():
+        assert distance(ours[key], value) < 1e-12, key
+
+
+def test_what_a_step_keeps_for_its_derivative():
+    config, n, steps = CONFIGS["default"], 4000, 3
+    segments = Segments([n])
+    meta = make_meta(config, torch.float32)
+    grad, state = make_state(config, segments, torch.float32, ())
+    state = state.detach()
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= n:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    kept, alive = [], []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for _ in range(steps):
+            new = cpu.advance_flat(meta, config, segments, grad.clone(), state)
+            alive.append(new)
+            grad_decay, scale_decay = cpu_flat.read_decays(meta, config, new.hidden)
+            state = state._replace(
+                hidden=new.hidden,
+                accum=new.accum,
+                ms=new.ms,
+                log_lr=new.log_lr,
+                grad_decay=grad_decay,
+                scale_decay=scale_decay,
+            )
+            kept.append(sum(storages.values()) / n)
+    # The new hidden state is kept by the next step too. The first step's decays were given, not read out.
+    assert kept[0] <= 40 + 88
+    assert kept[1] - kept[0] <= 80
+    assert kept[2] - kept[1] <= 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_number_of_threads_changes_nothing(dtype):
+    config, segments = CONFIGS["default"], Segments([3000, 7, 5000, 1, 9000])
+    meta = make_meta(config, dtype)
+    inputs = make_state(config, segments, dtype, (2,))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            # The reference's own operations around the fused ones stay on one thread.
+            results.append(derivatives(cpu.advance_flat, meta, config, segments, *inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for key, value in results[0].items():
+        assert all(torch.equal(value, other[key]) for other in results[1:]), key
+
+
+@pytest.mark.parametrize("isa", native.load().compiled()["isas"] if native.absent() is None else [])
+def test_every_instruction_set(isa):
+    config, segments = CONFIGS["attention"], Segments(SIZES["mixed"])
+    meta = make_meta(config, torch.float64)
+    inputs = make_state(config, segments, torch.float64, (2,))
+    theirs = derivatives(reference.advance_flat, meta, config, segments, *inputs)
+    single = {name: value.detach().float().requires_grad_() for name, value in meta.items()}
+    grad, state = make_state(config, segments, torch.float32, (2,))
+    try:
+        native.load().use_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        ours = derivatives(cpu.advance_flat, single, config, segments, grad, state)
+    finally:
+        native.load().use_isa("")
+    for key, value in theirs.items():
+        assert distance(ours[key], value) < 2e-5, key
+
+
+def test_meta_training_uses_it():
+    gradients = []
+    for advance in (cpu.advance_flat, reference.advance_flat):
+        meta = make_meta(CONFIGS["default"], torch.float32, spread=0.02)
+        mix = Mix([paper.Quadratic(3), networks.Linear(4, 3)], CONFIGS["default"])
+        assert mix.advance is cpu.advance_flat
+        mix.advance = advance
+        world = World(mix, 2, Random(torch.Generator().manual_seed(0), repeat=1), Draw(1000), Augment(), Objective())
+        world.restart(meta)
+        world.unroll(meta, 3, derivatives=0)
+        value = world.unroll(meta, 10, derivatives=1)
+        slopes = torch.autograd.grad(value.sum(), meta.values(), allow_unused=True)
+        gradients.append(torch.cat([slope.flatten() for slope in slopes if slope is not None]))
+    assert distance(*gradients) < 1e-4  # both are rounded
