@@ -5,7 +5,7 @@
 // AVX-512 replaces several, it is used behind __AVX512F__; everything else is portable.
 //
 // Error bounds, in units in the last place against the exact value, tested by tests/csrc/test_simd.py:
-//     exp2    2      log     2 (absolute 1.2e-7 where |log x| < 1)      asinh   4
+//     exp2    3      log     2 (absolute 1.2e-7 where |log x| < 1)      asinh   4
 //     rsqrt   2      ratio   1 (0.5: IEEE division)                     sqrt    0.5 (IEEE)
 // Subnormal numbers may count as zero: the callers switch them off, since a forgotten gradient's average decays into them
 // and each operation on one would cost a hundred cycles.
@@ -231,7 +231,7 @@ struct Math<Pack<P>> {
 #endif
   }
 
-  // Natural logarithm of x > 0, by its exponent and its mantissa in [.75, 1.5).
+  // Natural logarithm of x, 0 < x <= 2e38, by its exponent and its mantissa in [.75, 1.5).
   static LOPT_INLINE Number log(const Number& x) {
     const Number exponent = Number::map(log_exponent, x), f = Number::map(log_mantissa, x) - 1;
     const Number p = polynomial(f, -0x1.5f6fb8p-5f, 0x1.a53c56p-4f, -0x1.0dfac8p-3f, 0x1.296640p-3f, -0x1.54fefap-3f,

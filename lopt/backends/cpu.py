@@ -1,9 +1,9 @@
 """The fused CPU kernels: the three stages of lopt/backends/reference.py in C++.
 
-The arithmetic is in csrc/hrnn_step.h, compiled for several instruction sets; the environment variable LOPT_ISA, on x86-64
-v2, v3 or v4, takes another than the strongest. This file hands addresses of tensors to it. A step allocates nothing per
-parameter: a gradient or parameter that lies in another memory order than its state is copied, others are read and written
-in place. Results do not depend on the number of threads.
+The arithmetic is in csrc/hrnn_step.h, compiled for several instruction sets; the environment variable LOPT_ISA, on
+x86-64 v2, v3 or v4, takes another than the strongest. This file hands addresses of tensors to it. A step allocates
+nothing per parameter: a gradient or parameter that lies in another memory order than its state is copied, others are
+read and written in place. Results do not depend on the number of threads.
 
 Tests: tests/backends/test_cpu.py, tests/csrc/test_simd.py.
 """
@@ -54,8 +54,11 @@ def unusable() -> str | None:
 
 def unsupported(config: HRNNConfig) -> str | None:
     """Why this backend cannot run a configuration; None: it can."""
-    obstacles = [f"{name}={getattr(config, name)!r} instead of {value!r}" for name, value in NEEDED.items()
-                 if getattr(config, name) != value]
+    obstacles = [
+        f"{name}={getattr(config, name)!r} instead of {value!r}"
+        for name, value in NEEDED.items()
+        if getattr(config, name) != value
+    ]
     if config.hidden_size != HIDDEN_SIZE:
         obstacles.insert(0, f"level_sizes[0]={config.hidden_size} instead of {HIDDEN_SIZE}")
     if config.relative_log_lr is None:
@@ -137,9 +140,24 @@ def advance(
     """Stage 1, per parameter; see `lopt.backends.reference.advance`."""
     if torch.compiler.is_compiling():
         ops.advance(
-            meta, grads, hidden, accum, ms, log_lr, step, tensor_hidden, global_hidden, log_lr_mean,
-            numel=numel, maximize=maximize, grad_scale=grad_scale, skip=skip, update=update,
-            attention_update=attention_update, sums=sums)
+            meta,
+            grads,
+            hidden,
+            accum,
+            ms,
+            log_lr,
+            step,
+            tensor_hidden,
+            global_hidden,
+            log_lr_mean,
+            numel=numel,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            skip=skip,
+            update=update,
+            attention_update=attention_update,
+            sums=sums,
+        )
         return
     grads = _ordered(grads, log_lr)
     native.load().advance(
@@ -180,8 +198,7 @@ def summarise(
 ) -> None:
     """Stage 2, per tensor and once; see `lopt.backends.reference.summarise`."""
     if torch.compiler.is_compiling():
-        ops.summarise(
-            meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
+        ops.summarise(meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
         return
     native.load().summarise(
         _pack(meta),
@@ -209,11 +226,20 @@ def apply(
     weight_decay: Sequence[float],
     skip: Tensor,
 ) -> None:
-    """Stage 3, per parameter; see `lopt.backends.reference.apply`. As an operator's kernel it gets `lr` as one tensor."""
+    """Stage 3, per parameter; see `lopt.backends.reference.apply`. As an operator it gets `lr` as one tensor."""
     if torch.compiler.is_compiling():
         ops.apply(
-            meta, params, true_param, update, attention_update, scale, log_lr_mean, lr=lr, weight_decay=weight_decay,
-            skip=skip)
+            meta,
+            params,
+            true_param,
+            update,
+            attention_update,
+            scale,
+            log_lr_mean,
+            lr=lr,
+            weight_decay=weight_decay,
+            skip=skip,
+        )
         return
     ordered = [_dense(param) for param in params]
     native.load().apply(

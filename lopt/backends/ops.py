@@ -1,9 +1,9 @@
 """The three stages of a step as operators of PyTorch's dispatcher, for torch.compile and torch.export.
 
 A backend with kernels registers them here per device type (`implement`); `advance`, `summarise` and `apply` then have
-the signature of a backend's stages and leave one node each in a traced graph. An operator cannot take a `MetaParams`, so
-it takes their flat view and the configuration as text. Eager code calls the kernels directly: this way round costs more
-than the step of a small model.
+the signature of a backend's stages and leave one node each in a traced graph. An operator cannot take a `MetaParams`,
+so it takes their flat view and the configuration as text. Eager code calls the kernels directly: this way round costs
+more than the step of a small model.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def _config(text: str) -> HRNNConfig:
 def implement(device: str, **stages: Callable[..., None]) -> None:
     """Register a backend's `advance`, `summarise` and `apply` as the operators' kernels for a device type."""
     for name, stage in stages.items():
+
         def kernel(config: str, meta: Tensor, *args: Any, _stage: Callable[..., None] = stage, **kwargs: Any) -> None:
             _stage(MetaParams.from_flat(_config(config), meta), *args, **kwargs)
 
