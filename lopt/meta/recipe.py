@@ -86,7 +86,7 @@ class Recipe:
     config: HRNNConfig
     stages: tuple[Stage, ...]
     minutes: float
-    validate_every: int = 120
+    validate_every: int = 200
 
     def scaled(self, minutes: float | None) -> Recipe:
         """The same with every stage's meta-steps scaled to another duration."""
@@ -191,18 +191,19 @@ def paper_mixes() -> list[list[Task]]:
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
 
 
-SHIPPED_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30)
+# Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
+SHIPPED_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
 
 DEFAULT = Recipe(
     config=SHIPPED_CONFIG,
-    minutes=16,
+    minutes=34,
     stages=(
         Stage(
             "backprop",
             480,
             clean_mixes,
             "bptt",
-            rows=8,
+            rows=16,
             unroll=Draw(15, 27),
             episode=Draw(50, 300),
             lr=2e-3,
@@ -211,21 +212,22 @@ DEFAULT = Recipe(
         ),
         Stage(
             "evolve",
-            640,
+            500,
             clean_mixes,
             "pes",
-            rows=16,
+            rows=48,
             unroll=Draw(30),
             episode=Draw(100, 2000),
             lr=1e-3,
+            final_lr=0.2,
             objective=Objective(floor=1e-3, cap=4.0),
         ),
         Stage(
             "evolve-noisy",
-            720,
+            900,
             noisy_mixes,
             "pes",
-            rows=32,
+            rows=64,
             unroll=Draw(30),
             episode=Draw(100, 2000),
             lr=4e-4,

@@ -75,7 +75,7 @@ class Augment:
         loss_scale: of each task's loss, log-uniform.
     """
 
-    lr: tuple[float, float] = (3e-4, 3e-2)
+    lr: tuple[float, float] = (1e-4, 3e-2)
     lr_tensor: float = 0.5
     lr_param: float = 0.1
     scale: tuple[float, float] = (1.0, 1.0)
