@@ -8,14 +8,11 @@
 namespace lopt {
 namespace {
 
-constexpr int kRows = kHidden + kFeatures;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kGateScale = -kLog2E, kCandidateScale = -2 * kLog2E;
 
 // Column of output `unit` of `gate` (0 reset, 1 update, 2 candidate) among the 30 that `Injected` holds.
-int column(int gate, int unit) {
-  return gate < 2 ? unit / kHalf * kHidden + gate * kHalf + unit % kHalf : 2 * kHidden + unit;
-}
+int column(int gate, int unit) { return gate * kHidden + unit; }
 
 double output_scale(int gate) { return gate < 2 ? kGateScale : kCandidateScale; }
 
@@ -30,18 +27,23 @@ std::vector<float> pack_injection(const float* weight, int inputs) {
   return packed;
 }
 
-// Weights of one output of the parameter GRU, [features + hidden] with `stride` -> kRows rows, hidden first.
-void pack_output(const Config& config, const float* weight, int stride, double scale, double (&rows)[kRows]) {
-  double* feature = rows + kHidden;
+// Weights of one output of the parameter GRU, [features + hidden] with `stride` -> one per input in the order of `Step::input`.
+std::vector<double> pack_output(const Config& config, int gate, const float* weight, int stride) {
+  const int features = config.products ? kFeatures : kProducts;
+  std::vector<double> inputs(features + kHidden);
+  double* feature = &inputs[gate == 2 ? 0 : kHidden];
+  double* state = &inputs[gate == 2 ? features : 0];
   int index = 0;
-  const auto next = [&] { return scale * weight[stride * index++]; };
+  const auto next = [&] { return output_scale(gate) * weight[stride * index++]; };
   for (int s = 0; s < kTimescales; s++) feature[kScaled + s] = next();
-  for (int s = 0; s + 1 < kTimescales; s++) feature[kProducts + s] = config.products ? next() : 0;
+  if (config.products)
+    for (int s = 0; s + 1 < kTimescales; s++) feature[kProducts + s] = next();
   double log_ms[kTimescales], mean = 0;
   for (double& value : log_ms) mean += (value = next()) / kTimescales;
   for (int s = 0; s + 1 < kTimescales; s++) feature[kLogMs + s] = log_ms[s] - mean;
   feature[kRelativeLogLr] = next();
-  for (int i = 0; i < kHidden; i++) rows[i] = next();
+  for (int i = 0; i < kHidden; i++) state[i] = next();
+  return inputs;
 }
 
 std::vector<float> copy(const float* from, int count) {
@@ -57,18 +59,14 @@ Meta pack(const Config& config, Find find, const void* context) {
   meta.config = config;
   Weights<float>& w = meta.weights;
 
-  const float* gates = get("level0.gates.weight");
-  const float* candidate = get("level0.candidate.weight");
-  for (int unit = 0; unit < kHidden; unit++) {
-    double rows[kRows];
-    for (int gate = 0; gate < 2; gate++) {
-      pack_output(config, gates + gate * kHidden + unit, 2 * kHidden, kGateScale, rows);
-      for (int row = 0; row < kRows; row++) w.gates[unit / kHalf][row][gate * kHalf + unit % kHalf] = rows[row];
-      meta.bias[column(gate, unit)] = kGateScale * get("level0.gates.bias")[gate * kHidden + unit];
+  for (int gate = 0; gate < 3; gate++) {
+    const float* weight = gate < 2 ? get("level0.gates.weight") + gate * kHidden : get("level0.candidate.weight");
+    const float* bias = gate < 2 ? get("level0.gates.bias") + gate * kHidden : get("level0.candidate.bias");
+    for (int unit = 0; unit < kHidden; unit++) {
+      const auto inputs = pack_output(config, gate, weight + unit, gate < 2 ? 2 * kHidden : kHidden);
+      for (size_t i = 0; i < inputs.size(); i++) w.gru[gate * kGroups + unit / kColumns][i][unit % kColumns] = inputs[i];
+      meta.bias[column(gate, unit)] = output_scale(gate) * bias[unit];
     }
-    pack_output(config, candidate + unit, kHidden, kCandidateScale, rows);
-    for (int row = 0; row < kRows; row++) w.candidate[row][unit] = rows[row];
-    meta.bias[column(2, unit)] = kCandidateScale * get("level0.candidate.bias")[unit];
   }
 
   const auto read_out = [&](const std::string& name, float* weight, double scale, float* shortcut) {
@@ -80,12 +78,15 @@ Meta pack(const Config& config, Find find, const void* context) {
   read_out("direction", w.direction, 1, w.direction_shortcut);
   if (config.attention) read_out("attention", w.attention, 1, w.attention_shortcut);
   read_out("log_lr", w.log_lr, 1, nullptr);
-  const auto decay = [&](const std::string& name, float* weight, float& bias, double fixed) {
+  const auto decay = [&](Decay which, const std::string& name, double fixed) {
+    float weight[kHidden];
     read_out(name, weight, kGateScale, nullptr);
-    bias = kGateScale * (get((name + ".bias").c_str()) ? scalar((name + ".bias").c_str()) : std::log(fixed / (1 - fixed)));
+    for (int i = 0; i < kHidden; i++) w.decay[i][which] = weight[i];
+    const float* bias = get((name + ".bias").c_str());
+    w.decay_bias[which] = kGateScale * (bias ? *bias : std::log(fixed / (1 - fixed)));
   };
-  decay("grad_decay", w.grad_decay, w.grad_decay_bias, config.fixed_grad_decay);
-  decay("scale_decay", w.scale_decay, w.scale_decay_bias, config.fixed_scale_decay);
+  decay(kGrad, "grad_decay", config.fixed_grad_decay);
+  decay(kScale, "scale_decay", config.fixed_scale_decay);
   w.log_lr_bias = scalar("log_lr.bias");
   w.momentum = 1 / (1 + std::exp(-scalar("log_lr.momentum")));
   w.log_lr_min = config.log_lr_min;

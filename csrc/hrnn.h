@@ -111,8 +111,8 @@ struct Kernels {
   void (*advance)(const Advance&);
   void (*summarise)(const Summarise&);
   void (*apply)(const Apply&);
-  // For tests: a function of simd.h over an array; "exp2", "log", "rsqrt", "asinh", or a round trip through "bf16", "f16".
-  // Returns false for an unknown name.
+  // For tests: a function of simd.h over an array; "exp2", "log", "rsqrt", "reciprocal", "asinh", or a round trip through
+  // "bf16", "f16". Returns false for an unknown name.
   bool (*map)(const char* name, const float* from, float* to, int64_t n);
 };
 

@@ -1,8 +1,8 @@
 // The step of ONE parameter as meta-training needs it: with the decays as inputs, all that the derivative needs kept, and the
 // derivative itself: cotangents of the new state, update and sums in, those of the old state and the weights out.
 //
-// Templated over the number type like hrnn_step.h, whose constants and Math<Number> it uses; `reciprocal` comes from the
-// includer too. Weights are neither scaled nor shifted, so that gradients by them are those of the meta-parameters. First
+// Templated over the number type like hrnn_step.h, whose constants and Math<Number> it uses; `nonzero` comes from the includer
+// too. Weights are neither scaled nor shifted, so that gradients by them are those of the meta-parameters. First
 // order: the incoming gradient is a constant. The clip of the log lr is passed straight through. Where a decay is 0 (the
 // first step) the derivative of its square root, which is infinite, counts as 0.
 //
@@ -67,10 +67,10 @@ namespace LOPT_ISA {
 template <class Number>
 struct Adjoint {
   using M = Math<Number>;
-  using Real = typename M::Real;
+  using Real = typename Number::Real;
   using Weights = PlainWeights<Real>;
   static constexpr Real kLog2E = Real(1.4426950408889634);
-  static constexpr int kAtOnce = M::kOutputs == kHidden ? kInputs : kInputs / 2;
+  static constexpr int kTile = kManyRegisters ? 1 : 2;  // parts in which sums are made, for them to stay in registers
 
   State<Number> old, now;
   Number new_hidden[kHidden];
@@ -81,7 +81,7 @@ struct Adjoint {
   Number step_factor;  // e^offset
   Number update, attention_update;
 
-  static LOPT_HD Number sigmoid(const Number& z) { return reciprocal(M::exp2(M::min(z * Number(-kLog2E), Number(60))) + Number(1)); }
+  static LOPT_HD Number sigmoid(const Number& z) { return M::ratio(1, M::exp2(M::min(z * Number(-kLog2E), 60)) + 1); }
 
   // out[i] += sum over j of weight[i * row + j * column] * in[j], `count` at once.
   template <int count>
@@ -96,13 +96,13 @@ struct Adjoint {
 
   template <int outputs>
   static LOPT_HD void transposed(Number* out, const Number* in, int terms, const Real* weight) {
-    constexpr int tile = M::kOutputs == kHidden ? outputs : outputs / 2;
+    constexpr int tile = outputs / kTile;
     LOPT_LOOP for (int i = 0; i < outputs; i += tile) product<tile>(out + i, in, terms, weight + i * kGates, kGates, 1);
   }
 
   // z[10 of them from `begin` on] = bias + inputs . weights
   static LOPT_HD void affine(const Weights& w, const Shared<Number>& shared, int begin, const Number* input, const Number* state, Number* z) {
-    constexpr int tile = M::kOutputs;
+    constexpr int tile = kHidden / kTile;
     LOPT_LOOP for (int j = 0; j < kHidden; j += tile) {
       LOPT_UNROLL for (int k = 0; k < tile; k++) z[j + k] = shared.bias[begin + j + k];
       product<tile>(z + j, input, kInputs, &w.matrix[0][begin + j], 1, kGates);
@@ -124,8 +124,10 @@ struct Adjoint {
       root[s] = M::rsqrt(log_ms[s]);
       slab.input[s] = ratio[s] = now.accum[s] * root[s];
     }
-    M::asinh(slab.input, kTimescales);
-    M::log(log_ms, kTimescales);
+    LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
+      slab.input[s] = M::asinh(slab.input[s]);
+      log_ms[s] = M::log(log_ms[s]);
+    }
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) mean = M::fma(log_ms[s], Number(Real(1) / kTimescales), mean);
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) slab.input[7 + s] = log_ms[s] - mean;
     LOPT_LOOP for (int s = 0; s + 1 < kTimescales; s++) slab.input[4 + s] = slab.input[s] * slab.input[s + 1] * Number(o.products);
@@ -239,7 +241,7 @@ struct Adjoint {
       d.accum[s] = d_accum * decay[s];
       d_decay = M::fma(d_accum, old.accum[s] - grad, d_decay);
       // decay[s] = sqrt(decay[s - 1]), at least 2^-60 where it is not 0.
-      if (s > 0) d_decay = nonzero(d_decay * half / M::max(decay[s], Number(Real(1e-30))), decay[s]);
+      if (s > 0) d_decay = nonzero(M::ratio(d_decay * half, M::max(decay[s], Number(Real(1e-30)))), decay[s]);
     }
     d.grad_decay = d_decay;
     d.scale_decay = d_keep;

@@ -23,7 +23,7 @@ constexpr int64_t kChunk = 4096;
 constexpr int64_t kSerial = 8192;
 constexpr float kGradientLimit = 1e18f;   // GRADIENT_LIMIT in lopt/config.py
 constexpr double kDirectionEps = 1e-16;   // DIRECTION_EPS
-constexpr int kLanes = 2;
+constexpr int kLanes = kManyRegisters ? 4 : 2;
 
 // Input and output of the first `count` lanes of a vector, all of them if `whole`.
 template <bool whole>
@@ -113,23 +113,6 @@ template <class V>
 struct Sums {
   Vec hidden[kHidden] = {}, feature[kFeatures] = {}, direction{}, log_lr{}, attention{};
 
-  template <int P>
-  static LOPT_INLINE void add(Vec& sum, const Pack<P>& values, Ints lanes) {
-    if constexpr (P == kLanes)
-      sum += values.part[0] + values.part[1];
-    else
-      sum += select(lanes, values.part[0], Vec{});
-  }
-
-  template <int P>
-  LOPT_INLINE void add(const Lanes<Pack<P>>& l, Ints lanes) {
-    for (int i = 0; i < kHidden; i++) add(hidden[i], l.hidden[i], lanes);
-    for (int i = 0; i < V::features; i++) add(feature[i], l.feature[i], lanes);
-    add(log_lr, l.log_lr, lanes);
-    add(direction, l.direction * l.direction, lanes);
-    if constexpr (V::attention) add(attention, l.attention_direction * l.attention_direction, lanes);
-  }
-
   static double total(Vec lanes) {
     double sum = 0;
     for (int lane = 0; lane < kWidth; lane++) sum += lanes[lane];
@@ -160,31 +143,60 @@ struct Work {
   float *update, *attention_update;
 };
 
-// P vectors of parameters from `at` on; without `whole` one vector of which `count` lanes exist.
+// Input and output of P vectors of parameters from `at` on; without `whole` of one vector of which `count` lanes exist.
+template <class V, int P, bool whole>
+struct Io {
+  using Number = Pack<Vec, P>;
+  const Work& work;
+  const AdvanceTensor& t;
+  int64_t at;
+  int count;
+  Sums<V>& sums;
+
+  LOPT_HD Number read(const float* from) const {
+    Number value;
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = load_lanes<whole>(from + at + p * kWidth, count);
+    return value;
+  }
+  LOPT_HD void write(float* to, const Number& value) const {
+    LOPT_UNROLL for (int p = 0; p < P; p++) store_lanes<whole>(to + at + p * kWidth, value.part[p], count);
+  }
+  LOPT_HD void add(Vec& sum, const Number& value) const {
+    Vec total = value.part[0];
+    LOPT_UNROLL for (int p = 1; p < P; p++) total += value.part[p];
+    if constexpr (!whole)
+      for (int lane = count; lane < kWidth; lane++) total[lane] = 0;
+    sum += total;
+  }
+
+  LOPT_HD Number grad() const {
+    Number value;
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = load_any<whole>(t.dtype, t.grad, at + p * kWidth, count);
+    return value * work.factor;
+  }
+  LOPT_HD Number log_lr() const { return read(t.log_lr); }
+  LOPT_HD Number hidden(int i) const { return read(t.hidden + i * t.n); }
+  LOPT_HD Number accum(int s) const { return read(t.accum + s * t.n); }
+  LOPT_HD Number ms(int s) const { return read(t.ms + s * t.n); }
+
+  LOPT_HD void put_hidden(int i, const Number& value) { write(t.hidden + i * t.n, value), add(sums.hidden[i], value); }
+  LOPT_HD void put_accum(int s, const Number& value) { write(t.accum + s * t.n, value); }
+  LOPT_HD void put_ms(int s, const Number& value) { write(t.ms + s * t.n, value); }
+  LOPT_HD void put_feature(int i, const Number& value) { add(sums.feature[i], value); }
+  LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, value), add(sums.log_lr, value); }
+  LOPT_HD void put_update(const Number& direction, const Number& update) {
+    write(work.update, update), add(sums.direction, direction * direction);
+  }
+  LOPT_HD void put_attention(const Number& direction, const Number& update) {
+    write(work.attention_update, update), add(sums.attention, direction * direction);
+  }
+};
+
 template <class V, int P, bool whole>
 void advance_block(const Work& work, int64_t at, int count, Sums<V>& sums) {
-  const AdvanceTensor& t = work.tensor;
-  Lanes<Pack<P>> l;
-  const auto read = [&](Pack<P>& to, const float* from) {
-    for (int p = 0; p < P; p++) to.part[p] = load_lanes<whole>(from + at + p * kWidth, count);
-  };
-  const auto write = [&](float* to, const Pack<P>& from) {
-    for (int p = 0; p < P; p++) store_lanes<whole>(to + at + p * kWidth, from.part[p], count);
-  };
-  for (int p = 0; p < P; p++) l.grad.part[p] = load_any<whole>(t.dtype, t.grad, at + p * kWidth, count) * work.factor;
-  read(l.log_lr, t.log_lr);
-  for (int i = 0; i < kHidden; i++) read(l.hidden[i], t.hidden + i * t.n);
-  for (int s = 0; s < kTimescales; s++) read(l.accum[s], t.accum + s * t.n), read(l.ms[s], t.ms + s * t.n);
-  Step<Pack<P>>::template advance<V>(work.weights, work.injected, l);
-  Ints lanes{};
-  if constexpr (P == 1)
-    for (int lane = 0; lane < kWidth; lane++) lanes[lane] = lane < count ? -1 : 0;
-  sums.add(l, lanes);
-  write(t.log_lr, l.log_lr);
-  for (int i = 0; i < kHidden; i++) write(t.hidden + i * t.n, l.hidden[i]);
-  for (int s = 0; s < kTimescales; s++) write(t.accum + s * t.n, l.accum[s]), write(t.ms + s * t.n, l.ms[s]);
-  write(work.update, l.update);
-  if constexpr (V::attention) write(work.attention_update, l.attention_update);
+  using Block = Io<V, P, whole>;
+  Block io{work, work.tensor, at, count, sums};
+  Step<Pack<Vec, P>, V, Block>(work.weights, work.injected, io).advance();
 }
 
 template <class V>
@@ -226,13 +238,11 @@ void add_product(const float* x, const float* weight, int inputs, int outputs, f
 }
 
 Injected<float> inject(const Meta& meta, const AdvanceTensor& tensor, const float* from_global, float problem_mean) {
-  static_assert(sizeof(Injected<float>::gates) + sizeof(Injected<float>::candidate) == sizeof(float) * Meta::kOutputs);
+  static_assert(sizeof(Injected<float>::bias) == sizeof(float) * Meta::kOutputs);
   Injected<float> injected;
-  float bias[Meta::kOutputs];
+  float* bias = injected.bias[0];
   std::copy_n(from_global, Meta::kOutputs, bias);
   add_product(tensor.tensor_hidden, meta.from_tensor.data(), meta.config.tensor_size, Meta::kOutputs, bias);
-  std::memcpy(injected.gates, bias, sizeof injected.gates);
-  std::memcpy(injected.candidate, bias + 2 * kHidden, sizeof injected.candidate);
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
   injected.started = *tensor.step > 0;
   injected.keeps_all = true;
@@ -292,13 +302,22 @@ void advance(const Advance& args) {
   std::copy(sums.begin(), sums.end(), args.sums);
 }
 
+template <class Function>
+Vec apply_to(Function function, Vec x) {
+  Pack<Vec, 1> number;
+  number.part[0] = x;
+  return function(number).part[0];
+}
+
+Vec exp2(Vec x) { return apply_to(Math<Pack<Vec, 1>>::exp2, x); }
+
 // values[i] = sigmoid(values[i]), or its tanh; `values` is padded to a whole number of vectors.
 void sigmoid(float* values, int count) {
-  for (int i = 0; i < count; i += kWidth) store(values + i, (1 / (Math<Pack<1>>::exp2(Pack<1>(load(values + i) * -1.44269504f)) + 1)).part[0]);
+  for (int i = 0; i < count; i += kWidth) store(values + i, 1 / (exp2(load(values + i) * -1.44269504f) + 1));
 }
 
 void tanh(float* values, int count) {
-  for (int i = 0; i < count; i += kWidth) store(values + i, (2 / (Math<Pack<1>>::exp2(Pack<1>(load(values + i) * -2.88539008f)) + 1) - 1).part[0]);
+  for (int i = 0; i < count; i += kWidth) store(values + i, 2 / (exp2(load(values + i) * -2.88539008f) + 1) - 1);
 }
 
 // One row through a GRU of a higher level. x: [inputs]; injected: [3 * size] or null; h: [size], updated.
@@ -394,22 +413,17 @@ void apply(const Apply& args) {
   });
 }
 
-Vec in_place(void (*function)(Pack<1>*, int), Vec x) {
-  Pack<1> number(x);
-  function(&number, 1);
-  return number.part[0];
-}
-
 bool map(const char* name, const float* from, float* to, int64_t n) {
   struct Entry {
     std::string_view name;
     Vec (*function)(Vec);
   };
   static constexpr Entry table[] = {
-      {"exp2", [](Vec x) { return Math<Pack<1>>::exp2(Pack<1>(x)).part[0]; }},
-      {"log", [](Vec x) { return in_place(Math<Pack<1>>::log, x); }},
-      {"rsqrt", [](Vec x) { return Math<Pack<1>>::rsqrt(Pack<1>(x)).part[0]; }},
-      {"asinh", [](Vec x) { return in_place(Math<Pack<1>>::asinh, x); }},
+      {"exp2", [](Vec x) { return apply_to(Math<Pack<Vec, 1>>::exp2, x); }},
+      {"log", [](Vec x) { return apply_to(Math<Pack<Vec, 1>>::log, x); }},
+      {"reciprocal", [](Vec x) { return apply_to([](auto x) { return Math<Pack<Vec, 1>>::ratio(1, x); }, x); }},
+      {"rsqrt", [](Vec x) { return apply_to(Math<Pack<Vec, 1>>::rsqrt, x); }},
+      {"asinh", [](Vec x) { return apply_to(Math<Pack<Vec, 1>>::asinh, x); }},
       {"bf16", [](Vec x) { return from_bf16(to_bf16(x)); }},
       {"f16", [](Vec x) { return from_f16(to_f16(x)); }},
   };

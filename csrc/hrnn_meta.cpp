@@ -19,23 +19,11 @@
 namespace lopt::LOPT_ISA {
 namespace {
 
-template <int P>
-LOPT_INLINE Pack<P> reciprocal(const Pack<P>& x) {  // of 1 <= x <= 2^60 + 1
-#if defined(__AVX512F__)
-  const Pack<P> y = Pack<P>::map([](Vec x) { return (Vec)_mm512_rcp14_ps((__m512)x); }, x);
-  return Math<Pack<P>>::fma(y, 1 - x * y, y);
-#else
-  return 1 / x;
-#endif
-}
-LOPT_INLINE double reciprocal(double x) { return 1 / x; }
-
 // value, or 0 where `of` is 0
-template <int P>
-LOPT_INLINE Pack<P> nonzero(const Pack<P>& value, const Pack<P>& of) {
-  return Pack<P>::map([](Vec value, Vec of) { return select(of == 0, Vec{}, value); }, value, of);
+template <class Element, int P>
+LOPT_HD Pack<Element, P> nonzero(const Pack<Element, P>& value, const Pack<Element, P>& of) {
+  return Pack<Element, P>::map([](Element value, Element of) { return of == 0 ? Element{} : value; }, value, of);
 }
-LOPT_INLINE double nonzero(double value, double of) { return of == 0 ? 0 : value; }
 
 }  // namespace
 }  // namespace lopt::LOPT_ISA
@@ -48,57 +36,23 @@ namespace {
 constexpr int kItem = 4096;
 constexpr int kSlabs = 16;
 
-// A number as an array of lanes, and as registers.
-template <class Number>
-struct Io;
-
-template <int P>
-struct Io<Pack<P>> {
-  using Part = Vec;
-  static constexpr int parts = P, lanes = P * kWidth;
-  static LOPT_INLINE Vec part(const Pack<P>& number, int p) { return number.part[p]; }
-  static LOPT_INLINE Pack<P> read(const float* from) {
-    Pack<P> number;
-    for (int p = 0; p < P; p++) number.part[p] = load(from + p * kWidth);
-    return number;
-  }
-  static LOPT_INLINE void write(float* to, const Pack<P>& number) {
-    for (int p = 0; p < P; p++) store(to + p * kWidth, number.part[p]);
-  }
-};
-
-template <>
-struct Io<double> {
-  using Part = double;
-  static constexpr int parts = 1, lanes = 1;
-  static LOPT_INLINE double part(double number, int) { return number; }
-  static LOPT_INLINE double read(const double* from) { return *from; }
-  static LOPT_INLINE void write(double* to, double number) { *to = number; }
-};
-
 template <class Number>
 struct Driver {
   using A = Adjoint<Number>;
-  using Real = typename Math<Number>::Real;
-  using Part = typename Io<Number>::Part;
-  static constexpr int lanes = Io<Number>::lanes, parts = Io<Number>::parts;
-  static_assert(sizeof(Number) == sizeof(Real) * lanes);
+  using Real = typename Number::Real;
+  using Part = typename Number::Part;
+  static constexpr int parts = Number::parts, lanes = sizeof(Number) / sizeof(Real);
 
-  static LOPT_INLINE Number read(const void* from, int64_t at, int count) {
+  static LOPT_HD Number read(const void* from, int64_t at, int count) {
     if (!from) return Number(0);
-    const Real* begin = static_cast<const Real*>(from) + at;
-    if (count == lanes) return Io<Number>::read(begin);
-    Real some[lanes] = {};
-    for (int k = 0; k < count; k++) some[k] = begin[k];
-    return Io<Number>::read(some);
+    Number number;
+    if (count < lanes) number = Number(0);
+    std::memcpy(&number, static_cast<const Real*>(from) + at, count == lanes ? sizeof number : sizeof(Real) * count);
+    return number;
   }
 
-  static LOPT_INLINE void write(void* to, int64_t at, const Number& value, int count) {
-    Real* begin = static_cast<Real*>(to) + at;
-    if (count == lanes) return Io<Number>::write(begin, value);
-    Real some[lanes];
-    Io<Number>::write(some, value);
-    for (int k = 0; k < count; k++) begin[k] = some[k];
+  static LOPT_HD void write(void* to, int64_t at, const Number& value, int count) {
+    std::memcpy(static_cast<Real*>(to) + at, &value, count == lanes ? sizeof value : sizeof(Real) * count);
   }
 
   // `count` parameters of a row, in one tensor or, then with their numbers, in several.
@@ -161,7 +115,7 @@ struct Driver {
   }
 
   // Rows of a table [R][T][width] for each parameter of a group; a null table is zero.
-  LOPT_INLINE void spread(const void* table, int width, const Group& g, Number* to) const {
+  LOPT_HD void spread(const void* table, int width, const Group& g, Number* to) const {
     if (!table) {
       for (int i = 0; i < width; i++) to[i] = Number(0);
       return;
@@ -238,7 +192,7 @@ struct Driver {
     }
 
     // Before the values of a group.
-    LOPT_INLINE void enter(const Group& g) {
+    LOPT_HD void enter(const Group& g) {
       const int64_t index = g.uniform ? g.row * driver.step.tensors - first + g.owner[0] : -1;
       if (index == current) return;
       flush();
@@ -247,7 +201,7 @@ struct Driver {
     }
 
     // Add `count` of a group's values to the sums from `at` on.
-    LOPT_INLINE void add(const Group& g, int at, const Number* values, int count) {
+    LOPT_HD void add(const Group& g, int at, const Number* values, int count) {
       if (g.uniform) {
         for (int i = 0; i < count; i++) running[at + i] = running[at + i] + values[i];
         return;
@@ -333,11 +287,9 @@ struct Driver {
         if (column[c] >= 0) static_cast<Real*>(args.sums)[i * columns + column[c]] = Real(all[i * kSummands + c]);
   }
 
-  static constexpr bool kWide = Math<Number>::kOutputs == kHidden;  // 32 registers
-
   // to[i][j] += sum over slabs of rows[i] * dz[j], one tile.
   template <int rows, int columns>
-  static LOPT_INLINE void tile(const Number* from_rows, const Number* from_columns, int slabs, Part* to) {
+  static LOPT_HD void tile(const Number* from_rows, const Number* from_columns, int slabs, Part* to) {
     constexpr int stride = sizeof(Slab<Number>) / sizeof(Number);
     Part sum[rows][columns];
     LOPT_UNROLL for (int i = 0; i < rows; i++)
@@ -345,9 +297,9 @@ struct Driver {
     LOPT_LOOP for (int slab = 0; slab < slabs; slab++) {
       LOPT_UNROLL for (int p = 0; p < parts; p++) {
         Part column[columns];
-        LOPT_UNROLL for (int j = 0; j < columns; j++) column[j] = Io<Number>::part(from_columns[slab * stride + j], p);
+        LOPT_UNROLL for (int j = 0; j < columns; j++) column[j] = from_columns[slab * stride + j].part[p];
         LOPT_UNROLL for (int i = 0; i < rows; i++) {
-          const Part row = Io<Number>::part(from_rows[slab * stride + i], p);
+          const Part row = from_rows[slab * stride + i].part[p];
           LOPT_UNROLL for (int j = 0; j < columns; j++) sum[i][j] = sum[i][j] + row * column[j];
         }
       }
@@ -364,10 +316,10 @@ struct Driver {
   }
 
   static void outer_products(const Slab<Number>* slabs, int count, Part* matrix) {
-    tiles<kWide ? 4 : 2, 5>(slabs->input, kInputs, slabs->dz, kGates, count, matrix);
+    tiles<kManyRegisters ? 4 : 2, 5>(slabs->input, kInputs, slabs->dz, kGates, count, matrix);
     matrix += kInputs * kGates;
-    tiles<kWide ? 5 : 2, 5>(slabs->hidden, kHidden, slabs->dz, 2 * kHidden, count, matrix);
-    tiles<kWide ? 5 : 2, 5>(slabs->reset_hidden, kHidden, slabs->dz + 2 * kHidden, kHidden, count, matrix + 2 * kHidden);
+    tiles<kManyRegisters ? 5 : 2, 5>(slabs->hidden, kHidden, slabs->dz, 2 * kHidden, count, matrix);
+    tiles<kManyRegisters ? 5 : 2, 5>(slabs->reset_hidden, kHidden, slabs->dz + 2 * kHidden, kHidden, count, matrix + 2 * kHidden);
   }
 
   static double sum_part(const Part& part) {
@@ -468,6 +420,8 @@ void backward(const MetaBackward& args) {
 }  // namespace
 
 extern const MetaKernels meta_kernels;
-const MetaKernels meta_kernels = {{forward<Pack<2>>, forward<double>}, {backward<Pack<2>>, backward<double>}};
+using Floats = Pack<Vec, 2>;
+using Double = Pack<double, 1>;
+const MetaKernels meta_kernels = {{forward<Floats>, forward<Double>}, {backward<Floats>, backward<Double>}};
 
 }  // namespace lopt::LOPT_ISA

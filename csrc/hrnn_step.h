@@ -15,25 +15,14 @@
 //     u h + (1-u) tanh(c) = ((h + E) + C (h - E)) / ((1 + E)(1 + C)) with u = 1/(1+E) and C = e^-2c.
 #pragma once
 
-#ifdef __CUDACC__
-#define LOPT_HD __host__ __device__ __forceinline__
-#define LOPT_UNROLL _Pragma("unroll")
-#define LOPT_LOOP _Pragma("unroll")
-#else
-#define LOPT_HD inline __attribute__((always_inline))
-#define LOPT_UNROLL _Pragma("GCC unroll 16")
-#define LOPT_LOOP _Pragma("GCC unroll 1")  // the code of a whole step then fits the cache of decoded instructions
-#endif
-
-#ifndef LOPT_ISA
-#define LOPT_ISA generic
-#endif
+#include "pack.h"
 
 namespace lopt {
 
 constexpr int kHidden = 10;
 constexpr int kTimescales = 4;
-constexpr int kHalf = kHidden / 2;  // units whose gates are computed together
+constexpr int kColumns = 5;  // of a matrix that are computed together: as many sums as registers hold
+constexpr int kGroups = kHidden / kColumns;
 
 // Features of a parameter. The optional products are last: without them the loops end before.
 enum Feature {
@@ -52,19 +41,18 @@ struct Variant {
   static constexpr int features = products ? kFeatures : kProducts;
 };
 
-constexpr int kRowWidth = kHidden + 2;
+enum Decay { kGrad, kScale };
 
 // Meta-parameters of the parameter level, as `pack` lays them out.
 template <class Real>
 struct Weights {
-  // Rows: the hidden state, then the features. Columns: for one half of the units and then for the other five times
-  // reset, five times update; all ten candidates. Rows are padded to a multiple of 16 bytes.
-  Real gates[2][kHidden + kFeatures][kRowWidth];
-  Real candidate[kHidden + kFeatures][kRowWidth];
+  // Of reset gates, update gates, candidates; five units; from each input; each of the five. The gates' inputs are hidden
+  // state and features, the candidates' features and reset hidden state, so that they are neighbours in `Step::input`.
+  Real gru[3 * kGroups][kHidden + kFeatures][kColumns];
   Real direction[kHidden], direction_shortcut[kTimescales];
   Real attention[kHidden], attention_shortcut[kTimescales];
-  Real grad_decay[kHidden], scale_decay[kHidden], log_lr[kHidden];
-  Real grad_decay_bias, scale_decay_bias, log_lr_bias;
+  Real decay[kHidden][2], decay_bias[2];
+  Real log_lr[kHidden], log_lr_bias;
   Real momentum;             // of the smoothed log lr, after the sigmoid
   Real log_lr_min, log_lr_max;
   Real log2_step_offset;     // binary logarithm of what the step is longer than the learning rate by
@@ -75,8 +63,7 @@ struct Weights {
 // What differs from tensor to tensor.
 template <class Real>
 struct Injected {
-  Real gates[2][kHidden];     // bias plus what the tensor's and the global state add, columns as in Weights
-  Real candidate[kHidden];
+  Real bias[3 * kGroups][kColumns];  // plus what the tensor's and the global state add
   Real relative_to;           // the mean log lr
   Real keep_ms[kTimescales];  // 0 where the mean squares are zero throughout the tensor: no past to average with
   bool keeps_all;             // keep_ms is 1, 1, 1, 1
@@ -85,142 +72,120 @@ struct Injected {
 
 namespace LOPT_ISA {
 
+// Elementary functions: fma, min, max, sqrt, rsqrt, ratio, exp2, log, asinh.
 template <class Number>
-struct Math;  // Real, fma, min, max, sqrt, rsqrt, exp2; log and asinh of an array in place;
-              // kOutputs: sums to accumulate at once, 10 or 5, as registers allow
+struct Math;
 
-// A parameter with its state, and what the step makes of it. On a CPU this is memory, and a load waits for an earlier store
-// that agrees with it in the last 12 bits of the address; the order of rows, 128 bytes each, keeps what is stored between
-// two passes over `hidden` and `feature` (`reset`; `z` and `keep`) from agreeing with the rows such a pass begins with.
-template <class Number>
-struct Lanes {
-  Number hidden[kHidden];  // before, then after the step
-  Number feature[kFeatures];
-  Number reset[kHidden];  // reset gate * hidden state
-  Number accum[kTimescales], ms[kTimescales], log_lr, grad;  // before, then after the step
-  Number z[kHidden];      // pre-activations
-  Number keep[kHidden];   // e^-(pre-activation) of the update gate
-  Number grad_decay, scale_decay;
-  Number direction, attention_direction;
-  Number update, attention_update;  // exp(log step) * direction, not normalised
-};
-
-template <class Number>
+// One step of one parameter. `Io` reads its state and takes the results, the sums over parameters included:
+//     Number grad(), log_lr(), hidden(int), accum(int), ms(int)
+//     void put_hidden(int, Number), put_accum(..), put_ms(..), put_feature(..), put_log_lr(Number),
+//          put_update(Number direction, Number update), put_attention(Number direction, Number update)
+// where an update is exp(log step) * direction. Each is called once, reads before writes.
+//
+// Loops are kept as loops: the code of a whole step then fits a CPU's cache of decoded instructions, about 8 kB.
+template <class Number, class V, class Io>
 struct Step {
   using M = Math<Number>;
-  using Real = typename M::Real;
-  using L = Lanes<Number>;
+  using Real = typename Number::Real;
   static constexpr float kLog2E = 1.44269504f;
-  static constexpr float kLargest = 60;  // bound of binary exponents, so that products of two powers are finite; 2^-60 is 0 beside 1
+  static constexpr float kLargest = 60;  // of binary exponents, for products of two powers to be finite; 2^-60 is 0 beside 1
 
-  // Both decays are read out of the hidden state that the last step left.
-  static LOPT_HD void decays(const Weights<Real>& w, const Injected<Real>& tensor, L& l) {
-    if (!tensor.started) {
-      l.grad_decay = l.scale_decay = Number(0);
-      return;
-    }
-    Number grad = w.grad_decay_bias, scale = w.scale_decay_bias;
+  const Weights<Real>& w;
+  const Injected<Real>& tensor;
+  Io& io;
+  static constexpr int kInputs = kHidden + V::features;
+  Number log_lr;
+  Number input[kHidden + V::features + kHidden];  // hidden state | features | reset gate * hidden state
+  Number power[3 * kHidden];  // pre-activations of reset gates, update gates, candidates; then e^-x, e^-x, e^-2x of them
+  Number *const hidden = input, *const feature = hidden + kHidden, *const reset = feature + V::features;
+
+  LOPT_HD Step(const Weights<Real>& w, const Injected<Real>& tensor, Io& io) : w(w), tensor(tensor), io(io) {}
+
+  static LOPT_HD Number bounded_exp2(const Number& x) { return M::exp2(M::min(x, kLargest)); }
+
+  // Moving averages of the gradient and of their squares, and the features made of them. Both decays are read out of the
+  // hidden state that the last step left.
+  LOPT_HD void features() {
+    Number grad_decay = w.decay_bias[kGrad], scale_decay = w.decay_bias[kScale];
     LOPT_LOOP for (int i = 0; i < kHidden; i++) {
-      grad = M::fma(l.hidden[i], w.grad_decay[i], grad);
-      scale = M::fma(l.hidden[i], w.scale_decay[i], scale);
+      const Number h = hidden[i] = io.hidden(i);
+      grad_decay = M::fma(h, w.decay[i][kGrad], grad_decay);
+      scale_decay = M::fma(h, w.decay[i][kScale], scale_decay);
     }
-    l.grad_decay = Number(1) / (M::exp2(grad) + 1);
-    l.scale_decay = Number(1) / (M::exp2(scale) + 1);
-  }
+    grad_decay = tensor.started ? M::ratio(1, bounded_exp2(grad_decay) + 1) : Number(0);
+    scale_decay = tensor.started ? M::ratio(1, bounded_exp2(scale_decay) + 1) : Number(0);
 
-  // Moving averages of the gradient and of their squares, and the features made of them.
-  template <class V>
-  static LOPT_HD void features(const Weights<Real>& w, const Injected<Real>& tensor, L& l) {
-    Number decay = l.grad_decay, log_ms[kTimescales];
+    const Number grad = io.grad();
+    Number log_ms[kTimescales];
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
-      l.accum[s] = M::fma(decay, l.accum[s], (1 - decay) * l.grad);
-      const Number keep = tensor.keeps_all ? l.scale_decay : l.scale_decay * tensor.keep_ms[s];
-      l.ms[s] = M::fma(keep, l.ms[s], (1 - keep) * M::fma(l.accum[s], l.accum[s], w.ms_eps));
-      log_ms[s] = l.ms[s] + w.rms_eps;
-      l.feature[kScaled + s] = l.accum[s] * M::rsqrt(log_ms[s]);
-      if (s + 1 < kTimescales) decay = M::sqrt(decay);  // each timescale is twice the one before
+      const Number accum = M::fma(grad_decay, io.accum(s), (1 - grad_decay) * grad);
+      io.put_accum(s, accum);
+      grad_decay = M::sqrt(grad_decay);  // each timescale is twice the one before
+      const Number keep = tensor.keeps_all ? scale_decay : scale_decay * tensor.keep_ms[s];
+      const Number ms = M::fma(keep, io.ms(s), (1 - keep) * M::fma(accum, accum, w.ms_eps));
+      io.put_ms(s, ms);
+      log_ms[s] = ms + w.rms_eps;
+      feature[kScaled + s] = accum * M::rsqrt(log_ms[s]);
     }
-    M::asinh(l.feature + kScaled, kTimescales);
-    M::log(log_ms, kTimescales);
+    LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
+      log_ms[s] = M::log(log_ms[s]);
+      feature[kScaled + s] = M::asinh(feature[kScaled + s]);
+    }
     LOPT_LOOP for (int s = 0; s + 1 < kTimescales; s++) {
-      l.feature[kLogMs + s] = log_ms[s] - log_ms[kTimescales - 1];
-      if constexpr (V::products) l.feature[kProducts + s] = l.feature[kScaled + s] * l.feature[kScaled + s + 1];
+      feature[kLogMs + s] = log_ms[s] - log_ms[kTimescales - 1];
+      if constexpr (V::products) feature[kProducts + s] = feature[kScaled + s] * feature[kScaled + s + 1];
     }
-    l.feature[kRelativeLogLr] = l.log_lr - tensor.relative_to;
+    log_lr = io.log_lr();
+    feature[kRelativeLogLr] = log_lr - tensor.relative_to;
+    LOPT_LOOP for (int i = 0; i < V::features; i++) io.put_feature(i, feature[i]);
   }
 
-  // z = bias + state . weights[:10] + feature . weights[10:], M::kOutputs columns at a time.
-  template <class V>
-  static LOPT_HD void affine(const Real (*weights)[kRowWidth], const Real* bias, const Number* state, L& l) {
-    constexpr int outputs = M::kOutputs;
-    LOPT_LOOP for (int begin = 0; begin < kHidden; begin += outputs) {
-      Number z[outputs];
-      LOPT_UNROLL for (int j = 0; j < outputs; j++) z[j] = bias[begin + j];
-      LOPT_LOOP for (int i = 0; i < kHidden; i++) {
-        LOPT_UNROLL for (int j = 0; j < outputs; j++) z[j] = M::fma(state[i], weights[i][begin + j], z[j]);
-      }
-      LOPT_LOOP for (int i = 0; i < V::features; i++) {
-        LOPT_UNROLL for (int j = 0; j < outputs; j++) z[j] = M::fma(l.feature[i], weights[kHidden + i][begin + j], z[j]);
-      }
-      LOPT_UNROLL for (int j = 0; j < outputs; j++) l.z[begin + j] = z[j];
+  // out = bias + from @ weights, five columns.
+  static LOPT_SHARED void affine(const Real (*weights)[kColumns], const Real* bias, const Number* from, Number* out) {
+    Number sum[kColumns];
+    LOPT_UNROLL for (int j = 0; j < kColumns; j++) sum[j] = bias[j];
+    LOPT_THREE for (int i = 0; i < kInputs; i++) {
+      LOPT_UNROLL for (int j = 0; j < kColumns; j++) sum[j] = M::fma(from[i], weights[i][j], sum[j]);
     }
+    LOPT_UNROLL for (int j = 0; j < kColumns; j++) out[j] = sum[j];
   }
 
-  template <class V>
-  static LOPT_HD void gates(const Weights<Real>& w, const Injected<Real>& tensor, L& l) {
-    LOPT_LOOP for (int half = 0; half < 2; half++) {
-      affine<V>(w.gates[half], tensor.gates[half], l.hidden, l);
-      LOPT_LOOP for (int j = 0; j < kHalf; j++) {
-        const int unit = half * kHalf + j;
-        l.reset[unit] = l.hidden[unit] / (M::exp2(l.z[j]) + 1);
-        l.keep[unit] = M::exp2(M::min(l.z[kHalf + j], kLargest));
-      }
-    }
+  LOPT_HD void gates() {
+    LOPT_LOOP for (int k = 0; k < 2 * kGroups; k++) affine(w.gru[k], tensor.bias[k], hidden, power + k * kColumns);
+    LOPT_LOOP for (int i = 0; i < 2 * kHidden; i++) power[i] = bounded_exp2(power[i]);
+    LOPT_LOOP for (int i = 0; i < kHidden; i++) reset[i] = M::ratio(hidden[i], power[i] + 1);
   }
 
-  // Candidate and new state.
-  template <class V>
-  static LOPT_HD void candidate(const Weights<Real>& w, const Injected<Real>& tensor, L& l) {
-    affine<V>(w.candidate, tensor.candidate, l.reset, l);
-    LOPT_LOOP for (int unit = 0; unit < kHidden; unit++) {
-      const Number h = l.hidden[unit], e = l.keep[unit], above = e + 1, c = M::exp2(M::min(l.z[unit], kLargest));
-      l.hidden[unit] = M::fma(c, h - e, h + e) / M::fma(c, above, above);
-    }
-  }
-
-  // Direction, log lr and update, from the new hidden state.
-  template <class V>
-  static LOPT_HD void read_out(const Weights<Real>& w, L& l) {
-    Number direction = Real(0), attention = Real(0), log_step = l.log_lr + w.log_lr_bias;
-    LOPT_LOOP for (int i = 0; i < kHidden; i++) {
-      direction = M::fma(l.hidden[i], w.direction[i], direction);
-      log_step = M::fma(l.hidden[i], w.log_lr[i], log_step);
-      if constexpr (V::attention) attention = M::fma(l.hidden[i], w.attention[i], attention);
-    }
+  // Candidate, new state and what is read out of it: direction, log lr and update.
+  LOPT_HD void state() {
+    LOPT_LOOP for (int k = 2 * kGroups; k < 3 * kGroups; k++) affine(w.gru[k], tensor.bias[k], feature, power + k * kColumns);
+    LOPT_LOOP for (int i = 2 * kHidden; i < 3 * kHidden; i++) power[i] = bounded_exp2(power[i]);
+    Number direction = 0, attention = 0, log_step = log_lr + w.log_lr_bias;
     if constexpr (V::shortcut) {
-      LOPT_UNROLL for (int s = 0; s < kTimescales; s++) {
-        direction = M::fma(l.feature[kScaled + s], w.direction_shortcut[s], direction);
-        if constexpr (V::attention) attention = M::fma(l.feature[kScaled + s], w.attention_shortcut[s], attention);
+      LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
+        direction = M::fma(feature[kScaled + s], w.direction_shortcut[s], direction);
+        if constexpr (V::attention) attention = M::fma(feature[kScaled + s], w.attention_shortcut[s], attention);
       }
+    }
+    LOPT_LOOP for (int i = 0; i < kHidden; i++) {
+      const Number old = hidden[i], e = power[kHidden + i], above = e + 1, c = power[2 * kHidden + i];
+      const Number h = M::ratio(M::fma(c, old - e, old + e), M::fma(c, above, above));
+      io.put_hidden(i, h);
+      direction = M::fma(h, w.direction[i], direction);
+      log_step = M::fma(h, w.log_lr[i], log_step);
+      if constexpr (V::attention) attention = M::fma(h, w.attention[i], attention);
     }
     log_step = M::min(M::max(log_step, w.log_lr_min), w.log_lr_max);
-    l.log_lr = M::fma(w.momentum, l.log_lr - log_step, log_step);
+    io.put_log_lr(M::fma(w.momentum, log_lr - log_step, log_step));
     const Number step = M::exp2(M::fma(log_step, kLog2E, w.log2_step_offset));
-    l.direction = direction;
-    l.update = step * direction;
-    if constexpr (V::attention) {
-      l.attention_direction = attention;
-      l.attention_update = step * attention * w.attention_factor;
-    }
+    io.put_update(direction, step * direction);
+    if constexpr (V::attention) io.put_attention(attention, step * attention * w.attention_factor);
   }
 
-  template <class V>
-  static LOPT_HD void advance(const Weights<Real>& w, const Injected<Real>& tensor, L& l) {
-    decays(w, tensor, l);
-    features<V>(w, tensor, l);
-    gates<V>(w, tensor, l);
-    candidate<V>(w, tensor, l);
-    read_out<V>(w, l);
+  LOPT_HD void advance() {
+    features();
+    gates();
+    state();
   }
 };
 

@@ -1,11 +1,11 @@
 // A vector of floats and the elementary functions that csrc/hrnn_step.h needs, for CPUs.
 //
 // `Vec` is a GCC/Clang vector extension, 16 floats wide with AVX-512, 8 with AVX2, otherwise 4 (SSE, NEON); operators are
-// the compiler's. `Math<Number>` holds the functions, for Vec and for plain float and double. Where an instruction of
+// the compiler's. `Math` holds the functions, for packs of Vec and of plain float or double. Where an instruction of
 // AVX-512 replaces several, it is used behind __AVX512F__; everything else is portable.
 //
 // Error bounds, in units in the last place against the exact value, tested by tests/csrc/test_simd.py:
-//     exp2    3      log     2 (absolute 1.2e-7 where |log x| < 1)      asinh   4
+//     exp2    3      log     2 (absolute 1.2e-7 where |log x| < 1)      asinh   5
 //     rsqrt   2      ratio   1 (0.5: IEEE division)                     sqrt    0.5 (IEEE)
 // Subnormal numbers may count as zero: the callers switch them off, since a forgotten gradient's average decays into them
 // and each operation on one would cost a hundred cycles.
@@ -28,8 +28,6 @@
 #include <arm_neon.h>
 #endif
 
-#define LOPT_INLINE inline __attribute__((always_inline))
-
 namespace lopt::LOPT_ISA {
 
 #if defined(__AVX512F__)
@@ -39,34 +37,39 @@ constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32
+#else
+constexpr bool kManyRegisters = false;  // 16
+#endif
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
 template <class To, class From>
-LOPT_INLINE To bits_of(From from) {
+LOPT_HD To bits_of(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
 
-LOPT_INLINE Vec splat(float value) { return value - Vec{}; }
-LOPT_INLINE Ints splat(int32_t value) { return value - Ints{}; }
+LOPT_HD Vec splat(float value) { return value - Vec{}; }
+LOPT_HD Ints splat(int32_t value) { return value - Ints{}; }
 
-LOPT_INLINE Vec load(const float* from) {
+LOPT_HD Vec load(const float* from) {
   Vec value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-LOPT_INLINE void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+LOPT_HD void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
-LOPT_INLINE Vec select(Ints where, Vec yes, Vec no) { return where ? yes : no; }
+LOPT_HD Vec select(Ints where, Vec yes, Vec no) { return where ? yes : no; }
 
 // b if either is NaN.
-LOPT_INLINE Vec min(Vec a, Vec b) {
+LOPT_HD Vec min(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -78,7 +81,7 @@ LOPT_INLINE Vec min(Vec a, Vec b) {
 #endif
 }
 
-LOPT_INLINE Vec max(Vec a, Vec b) {
+LOPT_HD Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -90,9 +93,9 @@ LOPT_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
-LOPT_INLINE Vec absolute(Vec x) { return bits_of<Vec>(bits_of<Ints>(x) & 0x7fffffff); }
+LOPT_HD Vec absolute(Vec x) { return bits_of<Vec>(bits_of<Ints>(x) & 0x7fffffff); }
 
-LOPT_INLINE Vec square_root(Vec x) {
+LOPT_HD Vec square_root(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_sqrt_ps((__m512)x);
 #elif defined(__AVX2__)
@@ -108,7 +111,7 @@ LOPT_INLINE Vec square_root(Vec x) {
 }
 
 // x = mantissa * 2^exponent with a mantissa in [.75, 1.5), for x > 0.
-LOPT_INLINE Vec log_exponent(Vec x) {
+LOPT_HD Vec log_exponent(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_getexp_ps((__m512)(x * 0x1.555556p+0f));
 #else
@@ -116,7 +119,7 @@ LOPT_INLINE Vec log_exponent(Vec x) {
 #endif
 }
 
-LOPT_INLINE Vec log_mantissa(Vec x) {
+LOPT_HD Vec log_mantissa(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
 #else
@@ -124,91 +127,66 @@ LOPT_INLINE Vec log_mantissa(Vec x) {
 #endif
 }
 
-// P vectors as one number: each operation is P independent instructions, which hide its latency.
-template <int P>
-struct Pack {
-  Vec part[P];
-
-  Pack() = default;
-  explicit LOPT_INLINE Pack(Vec vec) {
-    for (Vec& each : part) each = vec;
-  }
-  LOPT_INLINE Pack(float value) {  // NOLINT: numbers convert
-    for (Vec& vec : part) vec = splat(value);
-  }
-
-  template <class Function, class... Packs>
-  static LOPT_INLINE Pack map(Function function, const Packs&... of) {
-    Pack result;
-    LOPT_UNROLL for (int p = 0; p < P; p++) result.part[p] = function(of.part[p]...);
-    return result;
-  }
-
-  friend LOPT_INLINE Pack operator+(const Pack& a, const Pack& b) {
-    return map([](Vec a, Vec b) { return a + b; }, a, b);
-  }
-  friend LOPT_INLINE Pack operator-(const Pack& a, const Pack& b) {
-    return map([](Vec a, Vec b) { return a - b; }, a, b);
-  }
-  friend LOPT_INLINE Pack operator*(const Pack& a, const Pack& b) {
-    return map([](Vec a, Vec b) { return a * b; }, a, b);
-  }
-  friend LOPT_INLINE Pack operator/(const Pack& a, const Pack& b) {
-    return map([](Vec a, Vec b) { return a / b; }, a, b);
-  }
-};
-
-// Scalar types: the C library. `Real` is the type of one lane.
-template <class Number>
-struct Math {
-  using Real = Number;
-  static constexpr int kOutputs = kHidden;
-  static Number fma(Number a, Number b, Number c) { return std::fma(a, b, c); }
-  static Number min(Number a, Number b) { return a < b ? a : b; }
-  static Number max(Number a, Number b) { return a > b ? a : b; }
-  static Number sqrt(Number x) { return std::sqrt(x); }
-  static Number rsqrt(Number x) { return 1 / std::sqrt(x); }
-  static Number exp2(Number x) { return std::exp2(x); }
-  static void log(Number* x, int count) {
-    for (int i = 0; i < count; i++) x[i] = std::log(x[i]);
-  }
-  static void asinh(Number* x, int count) {
-    for (int i = 0; i < count; i++) x[i] = std::asinh(x[i]);
-  }
-};
-
-template <int P>
-struct Math<Pack<P>> {
+template <>
+struct Lane<Vec> {
   using Real = float;
-  using Number = Pack<P>;
-#if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr int kOutputs = kHidden;  // of 32 registers, 2 * 10 for sums
-#else
-  static constexpr int kOutputs = kHalf;  // of 16 registers
-#endif
+  static LOPT_HD Vec splat(float value) { return lopt::LOPT_ISA::splat(value); }
+};
 
-  static LOPT_INLINE Number fma(const Number& a, const Number& b, const Number& c) {
+// Elementary functions of scalars: the C library's.
+template <class Real, int P>
+struct Math<Pack<Real, P>> {
+  using Number = Pack<Real, P>;
+  static Number fma(const Number& a, const Number& b, const Number& c) {
+    return Number::map([](Real a, Real b, Real c) { return std::fma(a, b, c); }, a, b, c);
+  }
+  static Number min(const Number& a, const Number& b) { return Number::map([](Real a, Real b) { return std::fmin(a, b); }, a, b); }
+  static Number max(const Number& a, const Number& b) { return Number::map([](Real a, Real b) { return std::fmax(a, b); }, a, b); }
+  static Number sqrt(const Number& x) { return Number::map([](Real x) { return std::sqrt(x); }, x); }
+  static Number rsqrt(const Number& x) { return Number::map([](Real x) { return 1 / std::sqrt(x); }, x); }
+  static Number ratio(const Number& a, const Number& b) { return Number::map([](Real a, Real b) { return a / b; }, a, b); }
+  static Number exp2(const Number& x) { return Number::map([](Real x) { return std::exp2(x); }, x); }
+  static Number log(const Number& x) { return Number::map([](Real x) { return std::log(x); }, x); }
+  static Number asinh(const Number& x) { return Number::map([](Real x) { return std::asinh(x); }, x); }
+};
+
+// Elementary functions of vectors.
+template <int P>
+struct Math<Pack<Vec, P>> {
+  using Number = Pack<Vec, P>;
+  static LOPT_HD Number fma(const Number& a, const Number& b, const Number& c) {
     return Number::map([](Vec a, Vec b, Vec c) { return a * b + c; }, a, b, c);  // one instruction where there is one
   }
-  static LOPT_INLINE Number min(const Number& a, const Number& b) {
+  static LOPT_HD Number min(const Number& a, const Number& b) {
     return Number::map([](Vec a, Vec b) { return lopt::LOPT_ISA::min(a, b); }, a, b);
   }
-  static LOPT_INLINE Number max(const Number& a, const Number& b) {
+  static LOPT_HD Number max(const Number& a, const Number& b) {
     return Number::map([](Vec a, Vec b) { return lopt::LOPT_ISA::max(a, b); }, a, b);
   }
-  static LOPT_INLINE Number sqrt(const Number& x) { return Number::map(square_root, x); }
+  static LOPT_HD Number sqrt(const Number& x) { return Number::map(square_root, x); }
 
-  static LOPT_INLINE Number rsqrt(const Number& x) {
+  static LOPT_HD Number rsqrt(const Number& x) {
 #if defined(__AVX512F__)
     const Number y = Number::map([](Vec x) { return (Vec)_mm512_rsqrt14_ps((__m512)x); }, x);
     return fma(y * 0.5f, 1 - x * y * y, y);  // one Newton step
 #else
-    return 1 / sqrt(x);
+    return Number::map([](Vec x) { return 1.f / square_root(x); }, x);
+#endif
+  }
+
+  // a / b, for b and 1 / b within the range of float.
+  static LOPT_HD Number ratio(const Number& a, const Number& b) {
+#if defined(__AVX512F__)
+    const Number y = Number::map([](Vec b) { return (Vec)_mm512_rcp14_ps((__m512)b); }, b);
+    const Number quotient = a * y;
+    return fma(a - quotient * b, y, quotient);  // one Newton step
+#else
+    return Number::map([](Vec a, Vec b) { return a / b; }, a, b);
 #endif
   }
 
   template <class... Coefficients>
-  static LOPT_INLINE Number polynomial(const Number& x, const Number& sum, float next, Coefficients... rest) {
+  static LOPT_HD Number polynomial(const Number& x, const Number& sum, float next, Coefficients... rest) {
     if constexpr (sizeof...(rest) == 0)
       return fma(sum, x, next);
     else
@@ -216,7 +194,7 @@ struct Math<Pack<P>> {
   }
 
   // 2^x, saturating at the ends of the range of float: never NaN for a number.
-  static LOPT_INLINE Number exp2(const Number& x) {
+  static LOPT_HD Number exp2(const Number& x) {
 #if defined(__AVX512DQ__)
     const Number f = Number::map([](Vec x) { return (Vec)_mm512_reduce_ps((__m512)x, 0x09); }, x);  // x - floor(x)
     const Number p = polynomial(f, 0x1.ec320ap-10f, 0x1.26900ep-7f, 0x1.c95446p-5f, 0x1.ebd5a8p-3f, 0x1.62e4f6p-1f, 0x1.fffffep-1f);
@@ -231,53 +209,39 @@ struct Math<Pack<P>> {
 #endif
   }
 
-  // Natural logarithm of x, 0 < x <= 2e38, by its exponent and its mantissa in [.75, 1.5).
-  static LOPT_INLINE Number log(const Number& x) {
+  // Natural logarithm of x > 0.
+  static LOPT_HD Number log(const Number& x) {
     const Number exponent = Number::map(log_exponent, x), f = Number::map(log_mantissa, x) - 1;
     const Number p = polynomial(f, -0x1.5f6fb8p-5f, 0x1.a53c56p-4f, -0x1.0dfac8p-3f, 0x1.296640p-3f, -0x1.54fefap-3f,
                                 0x1.9959ccp-3f, -0x1.ffff14p-3f, 0x1.5555d0p-2f, -0x1.000002p-1f);
     return fma(exponent, 0x1.62e430p-1f, fma(p, f * f, f));
   }
 
-  static LOPT_INLINE void log(Number* x, int count) {
-    LOPT_LOOP for (int i = 0; i < count; i++) x[i] = log(x[i]);
-  }
-
   // log(|x| + sqrt(x^2 + 1)) with the sign of x; near 0, where that cancels, an odd polynomial. The former is accurate to
-  // 1.2e-7 in absolute terms, so it is good enough from .5 on. Beyond 1e18, where the square would overflow, constant.
-  // In three short loops, so that a processor has several iterations of each in flight.
-  static LOPT_INLINE void asinh(Number* x, int count) {
-    Number small[kAtOnce], large[kAtOnce];
-    LOPT_LOOP for (int i = 0; i < count; i++) {
-      const Number magnitude = Number::map([](Vec x) { return lopt::LOPT_ISA::min(absolute(x), splat(1e18f)); }, x[i]);
-      const Number square = magnitude * magnitude;
-      large[i] = magnitude + sqrt(square + 1);
-      const Number p = polynomial(square, -0x1.b21d24p-7f, 0x1.cda0dep-6f, -0x1.6b9be8p-5f, 0x1.332530p-4f, -0x1.555536p-3f);
-      small[i] = fma(p * square, magnitude, magnitude);
-    }
-    log(large, count);
-    LOPT_LOOP for (int i = 0; i < count; i++) {
-      x[i] = Number::map(
-          [](Vec x, Vec small, Vec large) {
-            const Vec result = large < 0.48f ? small : large;
-            return bits_of<Vec>(bits_of<Ints>(result) | (bits_of<Ints>(x) & INT32_MIN));
-          }, x[i], small[i], large[i]);
-    }
+  // 1.2e-7 in absolute terms, so it is good enough from .48 on. Beyond 1e18, where the square would overflow, constant.
+  static LOPT_HD Number asinh(const Number& x) {
+    const Number magnitude = Number::map([](Vec x) { return lopt::LOPT_ISA::min(absolute(x), splat(1e18f)); }, x);
+    const Number square = magnitude * magnitude;
+    const Number above = square + 1, large = log(fma(above, rsqrt(above), magnitude));
+    const Number p = polynomial(square, -0x1.b21d24p-7f, 0x1.cda0dep-6f, -0x1.6b9be8p-5f, 0x1.332530p-4f, -0x1.555536p-3f);
+    const Number small = fma(p * square, magnitude, magnitude);
+    const Number result = Number::map([](Vec small, Vec large) { return large < 0.48f ? small : large; }, small, large);
+    return Number::map(
+        [](Vec x, Vec result) { return bits_of<Vec>(bits_of<Ints>(result) | (bits_of<Ints>(x) & INT32_MIN)); }, x, result);
   }
-  static constexpr int kAtOnce = 4;
 };
 
 // 16-bit formats: to float exactly, from float to nearest even.
 
-LOPT_INLINE Vec from_bf16(Halves x) { return bits_of<Vec>(__builtin_convertvector(x, Ints) << 16); }
+LOPT_HD Vec from_bf16(Halves x) { return bits_of<Vec>(__builtin_convertvector(x, Ints) << 16); }
 
-LOPT_INLINE Halves to_bf16(Vec x) {
+LOPT_HD Halves to_bf16(Vec x) {
   const Ints bits = bits_of<Ints>(x);
   const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(x == x ? rounded : splat((int32_t)0x7fc0), Halves);
 }
 
-LOPT_INLINE Vec from_f16(Halves x) {
+LOPT_HD Vec from_f16(Halves x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__F16C__)
@@ -292,7 +256,7 @@ LOPT_INLINE Vec from_f16(Halves x) {
 #endif
 }
 
-LOPT_INLINE Halves to_f16(Vec x) {
+LOPT_HD Halves to_f16(Vec x) {
 #if defined(__AVX512F__)
   return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
