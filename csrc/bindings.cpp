@@ -155,16 +155,16 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
   return lopt::pack(c, find, &addresses);
 }
 
-static void advance(const lopt::Meta& meta, List grads, List dtypes, List maximize, List n, List numel, List hidden, List accum,
+static void advance(const lopt::Meta& meta, bool compact, List grads, List dtypes, List maximize, List n, List numel, List hidden, List accum,
                     List ms, List log_lr, List step, List tensor_hidden, List log_lr_mean, int64_t global_hidden,
                     int64_t grad_scale, int64_t skip, int64_t update, int64_t attention_update, int64_t sums, int threads) {
   std::vector<lopt::AdvanceTensor> tensors(grads.size());
   for (int i = 0; i < grads.size(); i++)
     tensors[i] = {grads.address<const void>(i), lopt::Dtype(dtypes.number(i)), maximize.number(i) ? -1.f : 1.f,
-                  n.number(i), numel.number(i), hidden.address<float>(i), accum.address<float>(i), ms.address<float>(i),
+                  n.number(i), numel.number(i), hidden.address<void>(i), accum.address<void>(i), ms.address<void>(i),
                   log_lr.address<float>(i), step.address<const float>(i), tensor_hidden.address<const float>(i),
                   log_lr_mean.address<const float>(i)};
-  const lopt::Advance args{&meta, tensors.data(), grads.size(), pointer<const float>(global_hidden),
+  const lopt::Advance args{&meta, compact, tensors.data(), grads.size(), pointer<const float>(global_hidden),
                            pointer<const float>(grad_scale), pointer<float>(skip), pointer<float>(update),
                            pointer<float>(attention_update), pointer<float>(sums), threads};
   const py::gil_scoped_release release;

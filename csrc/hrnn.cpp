@@ -2,6 +2,7 @@
 
 #include "hrnn.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -58,6 +59,10 @@ Meta pack(const Config& config, Find find, const void* context) {
   Meta meta{};
   meta.config = config;
   Weights<float>& w = meta.weights;
+
+  float largest = 1;
+  for (int i = 0; i < kHidden; i++) largest = std::max(largest, std::abs(get("level0.init")[i]));
+  meta.hidden_limit = std::exp2(std::ceil(std::log2(largest)));
 
   for (int gate = 0; gate < 3; gate++) {
     const float* weight = gate < 2 ? get("level0.gates.weight") + gate * kHidden : get("level0.candidate.weight");

@@ -39,6 +39,7 @@ struct Gru {
 struct Meta {
   Config config;
   Weights<float> weights;
+  float hidden_limit;  // of the compact format
   // The parameter level's injected bias, in the order and scale of `Injected`: bias + tensor state @ from_tensor + ...
   static constexpr int kOutputs = 3 * kHidden;
   float bias[kOutputs];
@@ -57,12 +58,14 @@ struct AdvanceTensor {
   float sign;   // -1 climbs
   int64_t n;    // parameters here
   int64_t numel;  // parameters of the whole tensor, of which this may be a shard
-  float *hidden, *accum, *ms, *log_lr;  // [10, n], [4, n], [4, n], [n]; updated in place
+  void *hidden, *accum, *ms;  // [10, n], [4, n], [4, n]; float, or as hrnn_compact.h says; updated in place
+  float* log_lr;  // [n], likewise
   const float *step, *tensor_hidden, *log_lr_mean;
 };
 
 struct Advance {
   const Meta* meta;
+  bool compact;  // the format of the state
   const AdvanceTensor* tensors;
   int count;
   const float* global_hidden;  // [global_size]

@@ -14,6 +14,7 @@
 #include <string_view>
 
 #include "hrnn.h"
+#include "hrnn_compact.h"
 #include "simd.h"
 
 namespace lopt::LOPT_ISA {
@@ -60,6 +61,19 @@ template <bool whole>
 void store_half(Dtype dtype, void* to, int64_t at, Vec value, int count) {
   const Halves half = dtype == Dtype::bf16 ? to_bf16(value) : to_f16(value);
   std::memcpy(static_cast<uint16_t*>(to) + at, &half, sizeof(uint16_t) * (whole ? kWidth : count));
+}
+
+template <bool whole>
+Vec load_code(const int16_t* from, int count) {
+  Shorts code{};
+  std::memcpy(&code, from, sizeof(int16_t) * (whole ? kWidth : count));
+  return __builtin_convertvector(__builtin_convertvector(code, Ints), Vec);
+}
+
+template <bool whole>
+void store_code(int16_t* to, Vec value, int count) {
+  const Shorts code = __builtin_convertvector(__builtin_convertvector(value, Ints), Shorts);
+  std::memcpy(to, &code, sizeof(int16_t) * (whole ? kWidth : count));
 }
 
 // Call body(std::integral_constant<bool, whole>, i, count) for consecutive vectors of [begin, end).
@@ -137,6 +151,7 @@ struct Sums {
 
 struct Work {
   const Weights<float>& weights;
+  float hidden_limit;
   const Injected<float>& injected;
   const AdvanceTensor& tensor;
   float factor;  // of the gradient
@@ -153,12 +168,16 @@ struct Io {
   int count;
   Sums<V>& sums;
 
-  LOPT_HD Number read(const float* from) const {
+  LOPT_HD Io(const Work& work, int64_t at, int count, Sums<V>& sums) : work(work), t(work.tensor), at(at), count(count), sums(sums) {}
+
+  LOPT_HD Number read(const void* state, int feature = 0) const {
+    const float* from = static_cast<const float*>(state) + feature * t.n;
     Number value;
     LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = load_lanes<whole>(from + at + p * kWidth, count);
     return value;
   }
-  LOPT_HD void write(float* to, const Number& value) const {
+  LOPT_HD void write(void* state, int feature, const Number& value) const {
+    float* to = static_cast<float*>(state) + feature * t.n;
     LOPT_UNROLL for (int p = 0; p < P; p++) store_lanes<whole>(to + at + p * kWidth, value.part[p], count);
   }
   LOPT_HD void add(Vec& sum, const Number& value) const {
@@ -175,49 +194,90 @@ struct Io {
     return value * work.factor;
   }
   LOPT_HD Number log_lr() const { return read(t.log_lr); }
-  LOPT_HD Number hidden(int i) const { return read(t.hidden + i * t.n); }
-  LOPT_HD Number accum(int s) const { return read(t.accum + s * t.n); }
-  LOPT_HD Number ms(int s) const { return read(t.ms + s * t.n); }
+  LOPT_HD Number hidden(int i) const { return read(t.hidden, i); }
+  LOPT_HD Number accum(int s) const { return read(t.accum, s); }
+  LOPT_HD Number ms(int s) const { return read(t.ms, s); }
 
-  LOPT_HD void put_hidden(int i, const Number& value) { write(t.hidden + i * t.n, value), add(sums.hidden[i], value); }
-  LOPT_HD void put_accum(int s, const Number& value) { write(t.accum + s * t.n, value); }
-  LOPT_HD void put_ms(int s, const Number& value) { write(t.ms + s * t.n, value); }
+  LOPT_HD void put_hidden(int i, const Number& value) { write(t.hidden, i, value), add(sums.hidden[i], value); }
+  LOPT_HD void put_accum(int s, const Number& value) { write(t.accum, s, value); }
+  LOPT_HD void put_ms(int s, const Number& value) { write(t.ms, s, value); }
   LOPT_HD void put_feature(int i, const Number& value) { add(sums.feature[i], value); }
-  LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, value), add(sums.log_lr, value); }
+  LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, 0, value), add(sums.log_lr, value); }
   LOPT_HD void put_update(const Number& direction, const Number& update) {
-    write(work.update, update), add(sums.direction, direction * direction);
+    write(work.update, 0, update), add(sums.direction, direction * direction);
   }
   LOPT_HD void put_attention(const Number& direction, const Number& update) {
-    write(work.attention_update, update), add(sums.attention, direction * direction);
+    write(work.attention_update, 0, update), add(sums.attention, direction * direction);
   }
 };
 
+// The same with a compact state. Averages and mean squares come and go in pairs, the average first.
 template <class V, int P, bool whole>
+struct CompactIo : Io<V, P, whole> {
+  using Base = Io<V, P, whole>;
+  using Number = typename Base::Number;
+  using C = Compact<Number>;
+  using Base::Base;
+  Number accum_waiting;
+
+  LOPT_HD Number read_code(const void* state, int feature) const {
+    const int16_t* from = static_cast<const int16_t*>(state) + feature * this->t.n + this->at;
+    Number value;
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = load_code<whole>(from + p * kWidth, this->count);
+    return value;
+  }
+  LOPT_HD void write_code(void* state, int feature, const Number& code) const {
+    int16_t* to = static_cast<int16_t*>(state) + feature * this->t.n + this->at;
+    LOPT_UNROLL for (int p = 0; p < P; p++) store_code<whole>(to + p * kWidth, code.part[p], this->count);
+  }
+
+  LOPT_HD Number hidden(int i) const { return C::hidden(read_code(this->t.hidden, i), this->work.hidden_limit); }
+  LOPT_HD Number ms(int s) const { return C::ms(read_code(this->t.ms, s)); }
+  LOPT_HD Number accum(int s) const {
+    Number ratio;
+    LOPT_UNROLL for (int p = 0; p < P; p++)
+      ratio.part[p] = load_any<whole>(Dtype::f16, this->t.accum, s * this->t.n + this->at + p * kWidth, this->count);
+    return C::accum(ratio, read_code(this->t.ms, s));
+  }
+
+  LOPT_HD void put_hidden(int i, const Number& value) {
+    write_code(this->t.hidden, i, C::hidden_code(value, this->work.hidden_limit));
+    this->add(this->sums.hidden[i], value);
+  }
+  LOPT_HD void put_accum(int, const Number& value) { accum_waiting = value; }
+  LOPT_HD void put_ms(int s, const Number& value) {
+    const Number code = C::ms_code(value), ratio = C::ratio(accum_waiting, code);
+    write_code(this->t.ms, s, code);
+    LOPT_UNROLL for (int p = 0; p < P; p++)
+      store_half<whole>(Dtype::f16, this->t.accum, s * this->t.n + this->at + p * kWidth, ratio.part[p], this->count);
+  }
+};
+
+template <class V, bool compact, int P, bool whole>
 void advance_block(const Work& work, int64_t at, int count, Sums<V>& sums) {
-  using Block = Io<V, P, whole>;
-  Block io{work, work.tensor, at, count, sums};
+  using Block = std::conditional_t<compact, CompactIo<V, P, whole>, Io<V, P, whole>>;
+  Block io(work, at, count, sums);
   Step<Pack<Vec, P>, V, Block>(work.weights, work.injected, io).advance();
 }
 
-template <class V>
+template <class V, bool compact>
 void advance_chunk(const Work& work, int64_t begin, int64_t end, double* columns) {
   Sums<V> sums;
   int64_t i = begin;
-  for (; i + kLanes * kWidth <= end; i += kLanes * kWidth) advance_block<V, kLanes, true>(work, i, 0, sums);
-  for (; i + kWidth <= end; i += kWidth) advance_block<V, 1, true>(work, i, kWidth, sums);
-  if (i < end) advance_block<V, 1, false>(work, i, int(end - i), sums);
+  for (; i + kLanes * kWidth <= end; i += kLanes * kWidth) advance_block<V, compact, kLanes, true>(work, i, 0, sums);
+  for (; i + kWidth <= end; i += kWidth) advance_block<V, compact, 1, true>(work, i, kWidth, sums);
+  if (i < end) advance_block<V, compact, 1, false>(work, i, int(end - i), sums);
   sums.finish(columns);
 }
 
 using AdvanceChunk = void (*)(const Work&, int64_t, int64_t, double*);
 
+template <bool compact>
 AdvanceChunk choose(const Config& c) {
-  static constexpr AdvanceChunk table[2][2][2] = {
-      {{advance_chunk<Variant<0, 0, 0>>, advance_chunk<Variant<0, 0, 1>>},
-       {advance_chunk<Variant<0, 1, 0>>, advance_chunk<Variant<0, 1, 1>>}},
-      {{advance_chunk<Variant<1, 0, 0>>, advance_chunk<Variant<1, 0, 1>>},
-       {advance_chunk<Variant<1, 1, 0>>, advance_chunk<Variant<1, 1, 1>>}}};
-  return table[c.attention][c.shortcut][c.products];
+  static constexpr AdvanceChunk table[2][2] = {
+      {advance_chunk<Variant<0, 0>, compact>, advance_chunk<Variant<0, 1>, compact>},
+      {advance_chunk<Variant<1, 0>, compact>, advance_chunk<Variant<1, 1>, compact>}};
+  return table[c.attention][c.products];
 }
 
 bool within_limit(const AdvanceTensor& tensor, float factor, int64_t begin, int64_t end) {
@@ -237,7 +297,15 @@ void add_product(const float* x, const float* weight, int inputs, int outputs, f
     for (int j = 0; j < outputs; j++) out[j] += x[i] * weight[i * outputs + j];
 }
 
-Injected<float> inject(const Meta& meta, const AdvanceTensor& tensor, const float* from_global, float problem_mean) {
+// Whether a timescale's mean squares have a past anywhere in a tensor: as a rule the first value tells.
+bool has_past(const AdvanceTensor& tensor, int s, bool compact) {
+  const auto any = [&](const auto* ms, auto zero) {
+    return std::any_of(ms + s * tensor.n, ms + (s + 1) * tensor.n, [=](auto value) { return value != zero; });
+  };
+  return compact ? any(static_cast<const int16_t*>(tensor.ms), kMsZero) : any(static_cast<const float*>(tensor.ms), 0.f);
+}
+
+Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tensor, const float* from_global, float problem_mean) {
   static_assert(sizeof(Injected<float>::bias) == sizeof(float) * Meta::kOutputs);
   Injected<float> injected;
   float* bias = injected.bias[0];
@@ -247,8 +315,7 @@ Injected<float> inject(const Meta& meta, const AdvanceTensor& tensor, const floa
   injected.started = *tensor.step > 0;
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
-    const float* ms = tensor.ms + s * tensor.n;
-    const bool keeps = std::any_of(ms, ms + tensor.n, [](float value) { return value != 0; });  // as a rule, the first
+    const bool keeps = has_past(tensor, s, compact);
     injected.keep_ms[s] = keeps;
     injected.keeps_all &= keeps || !injected.started;
   }
@@ -283,14 +350,14 @@ void advance(const Advance& args) {
   std::copy_n(meta.bias, Meta::kOutputs, from_global);
   add_product(args.global_hidden, meta.from_global.data(), meta.config.global_size, Meta::kOutputs, from_global);
   std::vector<Injected<float>> injected(args.count);
-  for (int i = 0; i < args.count; i++) injected[i] = inject(meta, args.tensors[i], from_global, weighted / numel);
+  for (int i = 0; i < args.count; i++) injected[i] = inject(meta, args.compact, args.tensors[i], from_global, weighted / numel);
 
-  const AdvanceChunk advance_chunk = choose(meta.config);
+  const AdvanceChunk advance_chunk = args.compact ? choose<true>(meta.config) : choose<false>(meta.config);
   std::vector<double> partial(chunks.size() * columns);
   for_chunks(chunks, offset.back(), args.threads, [&](int index) {
     const Chunk& chunk = chunks[index];
     const int i = chunk.tensor;
-    const Work work{meta.weights, injected[i], args.tensors[i], factor(chunk), args.update + offset[i],
+    const Work work{meta.weights, meta.hidden_limit, injected[i], args.tensors[i], factor(chunk), args.update + offset[i],
                     args.attention_update + (meta.config.attention ? offset[i] : 0)};
     advance_chunk(work, chunk.begin, chunk.end, &partial[index * columns]);
   });

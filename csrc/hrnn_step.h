@@ -33,10 +33,9 @@ enum Feature {
   kFeatures = kProducts + kTimescales - 1,
 };
 
-template <bool attention_, bool shortcut_, bool products_>
+template <bool attention_, bool products_>
 struct Variant {
   static constexpr bool attention = attention_;  // a second direction
-  static constexpr bool shortcut = shortcut_;    // the scaled averages enter the directions
   static constexpr bool products = products_;
   static constexpr int features = products ? kFeatures : kProducts;
 };
@@ -49,7 +48,7 @@ struct Weights {
   // Of reset gates, update gates, candidates; five units; from each input; each of the five. The gates' inputs are hidden
   // state and features, the candidates' features and reset hidden state, so that they are neighbours in `Step::input`.
   Real gru[3 * kGroups][kHidden + kFeatures][kColumns];
-  Real direction[kHidden], direction_shortcut[kTimescales];
+  Real direction[kHidden], direction_shortcut[kTimescales];  // without a shortcut 0
   Real attention[kHidden], attention_shortcut[kTimescales];
   Real decay[kHidden][2], decay_bias[2];
   Real log_lr[kHidden], log_lr_bias;
@@ -161,11 +160,9 @@ struct Step {
     LOPT_LOOP for (int k = 2 * kGroups; k < 3 * kGroups; k++) affine(w.gru[k], tensor.bias[k], feature, power + k * kColumns);
     LOPT_LOOP for (int i = 2 * kHidden; i < 3 * kHidden; i++) power[i] = bounded_exp2(power[i]);
     Number direction = 0, attention = 0, log_step = log_lr + w.log_lr_bias;
-    if constexpr (V::shortcut) {
-      LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
-        direction = M::fma(feature[kScaled + s], w.direction_shortcut[s], direction);
-        if constexpr (V::attention) attention = M::fma(feature[kScaled + s], w.attention_shortcut[s], attention);
-      }
+    LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
+      direction = M::fma(feature[kScaled + s], w.direction_shortcut[s], direction);
+      if constexpr (V::attention) attention = M::fma(feature[kScaled + s], w.attention_shortcut[s], attention);
     }
     LOPT_LOOP for (int i = 0; i < kHidden; i++) {
       const Number old = hidden[i], e = power[kHidden + i], above = e + 1, c = power[2 * kHidden + i];

@@ -45,6 +45,7 @@ constexpr bool kManyRegisters = false;  // 16
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef int16_t Shorts __attribute__((vector_size(2 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
 template <class To, class From>

@@ -2,20 +2,24 @@
 
 A parameter tensor of shape `shape` has one state tensor per kind, features outermost: `hidden` is `[10, *shape]`. Each
 slice of it (`hidden[i]`) lies in memory like the parameter itself does (channels_last stays channels_last), so a kernel
-walks parameter, gradient and state with one index. All of it is float32, whatever the parameter's dtype. The two decays
-of a step are read-outs of `hidden`; they are recomputed, not stored.
+walks parameter, gradient and state with one index. All of it is float32, whatever the parameter's dtype, but for what
+the compact format (lopt/compact.py) keeps in 16 bits. The two decays of a step are read-outs of `hidden`; they are
+recomputed, not stored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from lopt import compact
 from lopt.config import HRNNConfig
 from lopt.metaparams import MetaParams
+
+FORMATS = ("float32", "compact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Row:
     per: str
     size: Callable[[HRNNConfig], int | None]
     present: Callable[[HRNNConfig], bool] = lambda config: True
+
+    def dtype(self, state_format: str) -> torch.dtype:
+        """Of this kind of state in one of `FORMATS`."""
+        return compact.DTYPES.get(self.name, torch.float32) if state_format == "compact" else torch.float32
 
 
 ROWS = (
@@ -53,9 +61,9 @@ def rows(config: HRNNConfig, per: str | None = None) -> tuple[Row, ...]:
     return tuple(row for row in ROWS if row.present(config) and per in (None, row.per))
 
 
-def bytes_per_parameter(config: HRNNConfig) -> int:
-    """Persistent state per scalar parameter in bytes: 76 for the default configuration."""
-    return sum(4 * (row.size(config) or 1) for row in rows(config, "parameter"))
+def bytes_per_parameter(config: HRNNConfig, state_format: str = "float32") -> int:
+    """Persistent state per scalar parameter in bytes: 76 for the default configuration, 40 in the compact format."""
+    return sum(row.dtype(state_format).itemsize * (row.size(config) or 1) for row in rows(config, "parameter"))
 
 
 def strides(param: Tensor, size: int | None) -> tuple[int, ...]:
@@ -79,7 +87,12 @@ def like_parameter(tensor: Tensor, param: Tensor) -> Tensor:
 
 
 def init_state(
-    param: Tensor, meta: MetaParams, log_lr: float, *, dtype: torch.dtype = torch.float32
+    param: Tensor,
+    meta: MetaParams,
+    log_lr: float,
+    *,
+    state_format: str = "float32",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """State of one parameter tensor before its first step, all kinds but the model's.
 
@@ -87,7 +100,8 @@ def init_state(
         param: the parameter tensor, any floating dtype and strides.
         meta: meta-parameters, for the initial hidden states.
         log_lr: natural logarithm of the initial learning rate of every parameter.
-        dtype: of the state; float64 only serves to check kernels.
+        state_format: one of `FORMATS`.
+        dtype: of the float32 format; float64 only serves to check kernels.
     """
     config, device = meta.config, param.device
     state = {}
@@ -103,7 +117,16 @@ def init_state(
     if config.levels >= 2:
         state["tensor_hidden"] = meta["level1.init"].to(dtype=dtype, device=device, copy=True)
     state["step"] = torch.zeros((), dtype=dtype, device=device)
-    return state
+    return convert(state, meta, state_format)
+
+
+def convert(state: Mapping[str, Tensor], meta: MetaParams, state_format: str) -> dict[str, Tensor]:
+    """State of one parameter tensor in another format; `state` itself if it has that format already."""
+    is_compact = state["hidden"].dtype == torch.int16
+    if is_compact == (state_format == "compact"):
+        return dict(state)
+    change = compact.decode if is_compact else compact.encode
+    return {**state, **change(state, compact.limit(meta))}
 
 
 def init_global(meta: MetaParams, device: torch.device, *, dtype: torch.dtype = torch.float32) -> Tensor:

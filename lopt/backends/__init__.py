@@ -1,7 +1,8 @@
 """Who does the arithmetic: one table, one choice.
 
 Every backend is a module with the three stages `advance`, `summarise` and `apply` of one signature (see
-`lopt.backends.reference`), `unusable() -> str | None` and `unsupported(config) -> str | None`.
+`lopt.backends.reference`), `unusable() -> str | None`, `unsupported(config) -> str | None`, and `STATE_FORMATS`, which
+formats of state it steps.
 """
 
 from __future__ import annotations
@@ -57,31 +58,36 @@ def available() -> dict[str, str | None]:
     return {name: unusable(name) for name in BACKENDS}
 
 
-def _obstacle(name: str, device: torch.device, config: HRNNConfig) -> str | None:
+def _obstacle(name: str, device: torch.device, config: HRNNConfig, state_format: str) -> str | None:
     if reason := unusable(name):
         return reason
     if BACKENDS[name].device not in ("*", device.type):
         return f"it runs on {BACKENDS[name].device} tensors and the parameters are on {device.type}"
+    if state_format not in _module(name).STATE_FORMATS:
+        return f"it has no kernels for state_format={state_format!r}"
     return _module(name).unsupported(config)
 
 
-def choose(device: torch.device, config: HRNNConfig, requested: str | None = None) -> ModuleType:
+def choose(
+    device: torch.device, config: HRNNConfig, requested: str | None = None, state_format: str = "float32"
+) -> ModuleType:
     """The backend for parameters on a device.
 
     Args:
         device: of the parameters.
         config: architecture of the optimizer.
         requested: the name of a backend that has to be it, or None: the fastest usable.
+        state_format: one of `lopt.state.STATE_FORMATS`.
 
     Raises:
         ValueError: there is no backend of the requested name.
         RuntimeError: the requested backend cannot run here, or not with this configuration; the message says why.
     """
     if requested is None:
-        return _module(next(name for name in BACKENDS if _obstacle(name, device, config) is None))
+        return _module(next(name for name in BACKENDS if _obstacle(name, device, config, state_format) is None))
     check_name(requested)
-    if obstacle := _obstacle(requested, device, config):
-        usable = [name for name in BACKENDS if _obstacle(name, device, config) is None]
+    if obstacle := _obstacle(requested, device, config, state_format):
+        usable = [name for name in BACKENDS if _obstacle(name, device, config, state_format) is None]
         raise RuntimeError(
             f"backend {requested!r} cannot be used: {obstacle}. "
             f"Usable here: {', '.join(usable)}; or pass backend=None for the fastest"

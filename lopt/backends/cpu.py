@@ -36,6 +36,7 @@ NEEDED = {
     "dynamic_output_scale": True,
 }  # what the kernels are written for; other options may have any value
 HIDDEN_SIZE = 10
+STATE_FORMATS = ("float32", "compact")
 
 _address = Tensor.data_ptr
 
@@ -162,6 +163,7 @@ def advance(
     grads = _ordered(grads, log_lr)
     native.load().advance(
         _pack(meta),
+        hidden[0].dtype == torch.int16,
         _addresses(grads),
         [DTYPES[grad.dtype] for grad in grads],
         list(maximize),

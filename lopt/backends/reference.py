@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lopt import compact
 from lopt.config import (
     DIRECTION_EPS,
     EXTREME_LOG_LR,
@@ -31,6 +32,8 @@ from lopt.config import (
     HRNNConfig,
 )
 from lopt.metaparams import MetaParams
+
+STATE_FORMATS = ("float32", "compact")
 
 Meta = Mapping[str, Tensor]
 
@@ -492,7 +495,8 @@ def advance(
     Args:
         meta: meta-parameters.
         grads: T gradients, any floating dtype and strides; they are not written.
-        hidden, accum, ms, log_lr: per-parameter state, updated in place; `log_lr` is empty without a learned log lr.
+        hidden, accum, ms, log_lr: per-parameter state, updated in place, in either format of lopt/state.py; `log_lr` is
+            empty without a learned log lr.
         step, tensor_hidden, global_hidden, log_lr_mean: the other state, before the step.
         numel: parameters of each whole tensor.
         maximize: per tensor, whether to climb.
@@ -501,7 +505,7 @@ def advance(
         update, attention_update: [n], written: exp(log step) * direction; attention_update is None without attention.
         sums: [T, K], written: sums over each tensor.
     """
-    config, dtype = meta.config, hidden[0].dtype
+    config, dtype = meta.config, step[0].dtype
     meta = meta.to(dtype=dtype, device=hidden[0].device)
     flat_grad = _flatten([grad.to(dtype) for grad in grads], None)
     if grad_scale is not None:
@@ -511,13 +515,18 @@ def advance(
     if any(maximize):
         sign = torch.tensor([-1.0 if climb else 1.0 for climb in maximize], dtype=dtype, device=flat_grad.device)
         flat_grad = flat_grad * segments.expand(sign)
-    old_hidden = _flatten(hidden, config.hidden_size)
+    old = {
+        "hidden": _flatten(hidden, config.hidden_size),
+        "accum": _flatten(accum, config.timescales),
+        "ms": _flatten(ms, config.timescales),
+    }
+    is_compact = hidden[0].dtype == torch.int16
+    if is_compact:
+        old = compact.decode(old, compact.limit(meta), dtype)
     started = segments.expand(torch.stack(list(step)) > 0)
-    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old_hidden))
+    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old["hidden"]))
     state = FlatState(
-        hidden=old_hidden,
-        accum=_flatten(accum, config.timescales),
-        ms=_flatten(ms, config.timescales),
+        **old,
         grad_decay=grad_decay,
         scale_decay=scale_decay,
         log_lr=_flatten(log_lr, None) if log_lr else None,
@@ -527,9 +536,12 @@ def advance(
     )
     new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0
-    _commit(hidden, new.hidden, keep)
-    _commit(accum, new.accum, keep)
-    _commit(ms, new.ms, keep)
+    kept = {"hidden": new.hidden, "accum": new.accum, "ms": new.ms}
+    if is_compact:
+        kept = compact.encode(kept, compact.limit(meta))
+    _commit(hidden, kept["hidden"], keep)
+    _commit(accum, kept["accum"], keep)
+    _commit(ms, kept["ms"], keep)
     if new.log_lr is not None:
         _commit(log_lr, new.log_lr, keep)
     update.copy_(new.update)

@@ -50,6 +50,7 @@ STREAM = Tile(1024, 4, None)  # of the kernels that only pass over memory
 CHUNK = 2048, 16384  # fewest and most parameters: enough to pay for adding up the sums, and not too many partial sums
 CHUNKS_PER_TENSOR = 2048  # beyond which chunks grow
 
+STATE_FORMATS = ("float32",)
 NEEDED = {
     "timescales": 4,
     "log_ms_features": True,

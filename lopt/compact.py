@@ -1,0 +1,55 @@
+"""The compact state format: 40 instead of 76 bytes per parameter, at 16 bits a number.
+
+    hidden   int16    hidden / limit * 32767; `limit` bounds the hidden state
+    ms       int16    log2(ms) in steps of 2^-8; -32768: zero
+    accum    float16  accum / sqrt(ms), with ms as it is stored
+
+Rounding is to nearest, so a run repeats bit for bit. A step computes in float32 with the numbers that are stored here.
+The log lr stays float32, since each of its steps is smaller than what 16 bits resolve.
+
+csrc/hrnn_compact.h is the same for the kernels. Tests: tests/test_compact.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lopt.metaparams import MetaParams
+
+DTYPES = {"hidden": torch.int16, "accum": torch.float16, "ms": torch.int16}  # of the kinds of state it changes
+HIDDEN_STEPS = 32767
+MS_STEPS = 256  # per octave
+MS_ZERO = -32768
+
+
+def limit(meta: MetaParams) -> float:
+    """Largest hidden state that the format holds: 1, or the power of two above the initial one.
+
+    A GRU's state moves towards tanh of something, so it never leaves [-1, 1] once it is in there.
+    """
+    return 2.0 ** math.ceil(math.log2(max(1.0, meta["level0.init"].abs().max().item())))
+
+
+def encode(state: Mapping[str, Tensor], limit: float) -> dict[str, Tensor]:
+    """float32 `hidden`, `accum` and `ms` of the same memory order -> the same in this format."""
+    hidden, accum, ms = (state[name].float() for name in DTYPES)
+    octaves = torch.log2(torch.where(ms > 0, ms, 1.0)).mul(MS_STEPS).round()
+    octaves = torch.where(ms > 0, octaves.clamp(MS_ZERO + 1, -MS_ZERO - 1), MS_ZERO)
+    largest = torch.finfo(torch.float16).max
+    ratio = torch.where(ms > 0, accum * torch.exp2(octaves * (-0.5 / MS_STEPS)), 0.0).clamp(-largest, largest)
+    steps = (hidden * (HIDDEN_STEPS / limit)).round().clamp(-HIDDEN_STEPS, HIDDEN_STEPS)
+    return {"hidden": steps.to(torch.int16), "accum": ratio.half(), "ms": octaves.to(torch.int16)}
+
+
+def decode(state: Mapping[str, Tensor], limit: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The inverse of `encode`."""
+    octaves = state["ms"].to(dtype)
+    return {
+        "hidden": state["hidden"].to(dtype) * (limit / HIDDEN_STEPS),
+        "accum": state["accum"].to(dtype) * torch.exp2(octaves * (0.5 / MS_STEPS)),
+        "ms": torch.where(state["ms"] != MS_ZERO, torch.exp2(octaves / MS_STEPS), 0.0),
+    }
