@@ -135,7 +135,7 @@ def test_kernel_makes_the_same_codes_as_the_reference(n, meta):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_timescale_without_a_past_is_told_by_its_code_for_zero(backend):
-    """A first step on nothing but zeros leaves ms at (1 - 0) * ms_eps; with ms_eps = 0 it stays zero, and steps go on."""
+    """A step on zeros leaves ms at (1 - 0) * ms_eps; with ms_eps = 0 it stays zero, and steps go on."""
     meta = MetaParams.init(HRNNConfig(ms_eps=0.0), 1)
     param = torch.nn.Parameter(torch.zeros(7))
     optimizer = HRNN([param], meta=meta, state_format="compact", backend=backend)
