@@ -16,10 +16,19 @@ from lopt.evaluate import statistics, suites
 from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import Entrant, Interval, Results
 from lopt.evaluate.suites import Suite
-from lopt.evaluate.training import FLOOR
+from lopt.evaluate.training import FLOOR, Run
 from lopt.train.checkpoint import write_atomic
 
-COLOURS = ("#0b62a4", "#7b3294", "#e07b00", "#f2b565", "#4d9221", "#a6d96a", "#b2182b", "#ef8a62", "#525252", "#969696")
+HRNN_COLOURS = ("#0b62a4", "#7b3294", "#00a6a6", "#1a1a1a")  # one for each weights
+COLOURS = {
+    "adam": "#e07b00",
+    "adamw-cosine": "#4d9221",
+    "sgd": "#b2182b",
+    "rmsprop": "#c51b8a",
+    "prodigy": "#8c6d31",
+    "dadapt-adam": "#969696",
+    "schedule-free": "#525252",
+}
 
 
 @dataclass(frozen=True)
@@ -347,11 +356,13 @@ def _plot_scores(path: Path, intervals: dict[str, dict[str, Interval]]) -> None:
             if metric not in intervals[label]:
                 continue
             middle, low, high = np.exp(intervals[label][metric])
-            colour = COLOURS[0] if label.startswith("HRNN") else COLOURS[8]
+            colour = HRNN_COLOURS[0] if label.startswith("HRNN") else COLOURS["schedule-free"]
             axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([middle], [place], marker="|", color=colour, markersize=14, markeredgewidth=2.5)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", xlabel="relative to tuned Adam", title=titles[metric])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}" if np.diff(np.log10(axes.get_xlim())) < 1 else "")
         axes.set_yticks(range(len(labels)), labels)
         _clean(axes)
     panels[0].invert_yaxis()
@@ -366,16 +377,18 @@ def _plot_curves(path: Path, evaluation: Evaluation, steps: int, entrants: list[
     figure = _figure(3.6 * columns, 2.7 * rows + 0.7)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for task, axes in zip(tasks, panels, strict=False):
+        start = evaluation.results[Run(task, steps, 0, entrants[0].settings[task])].start
         for place, entrant in reversed(list(enumerate(entrants))):
             values = statistics.curve(statistics.of(evaluation.results, entrant, task, steps, evaluation.all_seeds))
-            ours = entrant.label.startswith("HRNN")
+            setting = entrant.settings[task]
+            ours = setting.optimizer == "hrnn"
             axes.plot(
                 np.arange(1, len(values) + 1) * steps / len(values),
-                values,
+                np.where(values < 3 * start, values, np.nan),
                 label=entrant.label,
-                color=COLOURS[place % len(COLOURS)],
+                color=HRNN_COLOURS[place % len(HRNN_COLOURS)] if ours else COLOURS[setting.optimizer],
                 linewidth=2.2 if ours else 1.1,
-                linestyle="-" if ours or ", lr" not in entrant.label else "--",
+                linestyle="--" if ", lr" in entrant.label else "-",
             )
         axes.set(yscale="log", title=task)
         _clean(axes)
@@ -395,8 +408,8 @@ def _plot_variants(path: Path, shown: dict[str, dict[str, list[tuple[float, Inte
         for place, (label, points) in enumerate(lines.items()):
             x = [value for value, _ in points]
             middle, low, high = np.exp(np.array([number for _, number in points])).T
-            axes.fill_between(x, low, high, color=COLOURS[place % len(COLOURS)], alpha=0.2, linewidth=0)
-            axes.plot(x, middle, marker="o", color=COLOURS[place % len(COLOURS)], label=label)
+            axes.fill_between(x, low, high, color=HRNN_COLOURS[place % len(HRNN_COLOURS)], alpha=0.2, linewidth=0)
+            axes.plot(x, middle, marker="o", color=HRNN_COLOURS[place % len(HRNN_COLOURS)], label=label)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel=titles[what])
         _clean(axes)
