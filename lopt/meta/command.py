@@ -15,7 +15,7 @@ import torch
 
 from lopt import __version__
 from lopt.meta.meta_train import MetaTraining
-from lopt.meta.recipe import RECIPES, Recipe
+from lopt.meta.recipe import ABLATIONS, RECIPES, Recipe, ablated
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "recipe": "default",
     "minutes": None,
     "stages": None,
+    "ablate": [],
     "seed": 0,
     "tasks": [],
     "start": None,
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scale the recipe to about M minutes on one core (the same meta-steps on every machine)",
     )
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages of the recipe")
+    parser.add_argument(
+        "--ablate", nargs="+", choices=ABLATIONS, metavar="PART", help=f"leave out parts: {', '.join(ABLATIONS)}"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of everything (default 0)")
     parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="train on these tasks too")
     parser.add_argument("--start", metavar="NAME|FILE", help="meta-parameters to go on from (default: untrained)")
@@ -113,7 +117,7 @@ def load_task(name: str) -> Task:
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
-    recipe = RECIPES[options["recipe"]].scaled(options["minutes"])
+    recipe = ablated(RECIPES[options["recipe"]].scaled(options["minutes"]), options["ablate"])
     if options["stages"] is None:
         return recipe
     named = {stage.name: stage for stage in recipe.stages}
@@ -132,7 +136,7 @@ def _positive(text: str) -> float:
 def _saved_options(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {name: content[name] for name in DEFAULTS}
+        return {name: content[name] if name != "ablate" else content.get(name, []) for name in DEFAULTS}
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
 

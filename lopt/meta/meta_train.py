@@ -6,17 +6,19 @@
     checkpoint.pt       everything needed to go on, bit for bit on a CPU
     meta.safetensors    the meta-parameters, ready for `lopt.HRNN(params, meta=...)`
     best.safetensors    those with the best validation score
+    tensorboard/        the same rows, where `tensorboard` is installed
 
 All random numbers come from one generator that is part of the checkpoint: a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,50 @@ COLUMNS = (
 ROW_EVERY = 10
 CHECKPOINT_SECONDS = 60
 VALID_STEPS = 500
+
+
+SCALARS = {  # tag -> column
+    "meta-training/meta_loss": "meta_loss",
+    "meta-training/grad_norm": "grad_norm",
+    "meta-training/lr": "lr",
+    "speed/task_steps_per_second": "task_steps_per_second",
+    "validation/final": "valid_final",
+    "validation/area": "valid_area",
+}
+
+
+class Scalars:
+    """Rows as TensorBoard events; does nothing where `tensorboard` is not installed.
+
+    Args:
+        folder: of the events, made at the first row.
+        done: meta-steps of the checkpoint that the run goes on from: events after it, of a run killed later, are
+            hidden from TensorBoard.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.make: Callable[[], Any] | None = lambda: SummaryWriter(str(folder), purge_step=done + 1)
+        except ImportError:
+            self.make = None
+        self.writer: Any = None
+
+    def add(self, row: Sequence[Any]) -> None:
+        """Of `COLUMNS`."""
+        if self.make is None:
+            return
+        self.writer = self.writer or self.make()
+        values = dict(zip(COLUMNS, row, strict=True))
+        for tag, column in SCALARS.items():
+            if values[column] != "":
+                self.writer.add_scalar(tag, float(values[column]), values["meta_step"])
+
+    def close(self) -> None:
+        """Write what is pending."""
+        if self.writer is not None:
+            self.writer.close()
 
 
 class Adam:
@@ -266,7 +312,8 @@ class MetaTraining:
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
         )
         saved, loss = time.perf_counter(), None
-        with bar:
+        scalars = Scalars(folder / "tensorboard", self.done)
+        with bar, contextlib.closing(scalars):
             while not self.finished and stop.received is None:
                 name, rows = self._current.name, len(self.rows)
                 before = self.seconds
@@ -275,6 +322,7 @@ class MetaTraining:
                 if len(self.rows) > rows:
                     rate = self.rows[-1][5]
                     self._keep_best(folder)
+                    scalars.add(self.rows[-1])
                 else:
                     rate = self.pending[-1][2] / max(1e-9, self.seconds - before)
                 bar.set_description_str(name, refresh=False)
