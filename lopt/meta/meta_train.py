@@ -344,13 +344,8 @@ class MetaTraining:
         saved = time.perf_counter()
         scalars = Scalars(folder / "tensorboard", self.done)
         with bar, contextlib.closing(scalars):
-            while not self.finished:
-                stopped, due = self.group.any([stop.received is not None, time.perf_counter() - saved > period])
-                if due:
-                    self.save(folder)
-                    saved = time.perf_counter()
-                if stopped:
-                    break
+            (stopped,) = self.group.any([stop.received is not None])
+            while not (self.finished or stopped):
                 name, rows = self._current.name, len(self.rows)
                 before = self.seconds
                 estimate = self.meta_step()
@@ -365,6 +360,10 @@ class MetaTraining:
                 bar.set_description_str(name, refresh=False)
                 bar.set_postfix_str(f"meta-loss {loss:.3f}, {rate / 1000:.1f}k task-steps/s", refresh=False)
                 bar.update()
+                stopped, due = self.group.any([stop.received is not None, time.perf_counter() - saved > period])
+                if due:
+                    self.save(folder)
+                    saved = time.perf_counter()
         self.save(folder)
         return self.finished
 
