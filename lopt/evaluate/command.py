@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     cache = Cache(args.cache or default_cache(), lambda name: suites.task(name).digest)
     results = {run: result for run in runs if (result := cache.get(run)) is not None}
     missing = [run for run in runs if run not in results and args.only in (None, run.setting.optimizer)]
-    jobs = args.jobs or len(os.sched_getaffinity(0))
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     results |= complete(missing, by_digest, cache, jobs)
     ordered = {run: results[run] for run in runs if run in results}
     name = f"{args.suite} (quick)" if args.quick else args.suite
@@ -148,9 +149,17 @@ def _carried_out(
 
 
 def _prepare() -> None:
-    """Of a worker process: one thread; Ctrl-C is the main process's to handle."""
+    """Of a worker process: one thread; it ends with Ctrl-C, and with the main process, however that ends."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _train(

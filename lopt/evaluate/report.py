@@ -284,7 +284,7 @@ def _method(evaluation: Evaluation) -> str:
     for name in suite.tasks:
         task = suites.task(name)
         sizes = [f"{sum(task.sizes):,}", f"{task.train:,}", str(task.batch)]
-        if name not in suites.tasks.TASKS and not getattr(task, "batched", True):
+        if not task.batched:
             sizes[1:] = ["-", "-"]
         rows.append([name, *sizes])
     rates = [
@@ -294,12 +294,15 @@ def _method(evaluation: Evaluation) -> str:
     return "\n".join(
         [
             "\n## Method\n",
-            "None of the tasks takes part in meta-training. All optimizers see the same starts and minibatches, which "
+            "None of the tasks takes part in meta-training, which knows synthetic data alone."
+            if suite.held_out
+            else "Meta-training draws problems of some of these families too.",
+            "All optimizers see the same starts and minibatches, which "
             "only the seed decides. Per task, a tuned baseline is the learning rate with the lowest final training "
             "loss, the geometric mean over the seeds, of:\n",
             *rates,
             "",
-            "AdamW decays weights by 0.01.\n",
+            *(["AdamW decays weights by 0.01.\n"] if "adamw-cosine" in suite.optimizers else []),
             "Final training loss: on all training samples after the last step. Training loss, all steps: the mean "
             "over the steps of the logarithm of the minibatch loss. Ratios of a loss to that at the start are bounded "
             f"to {FLOOR:g} .. {1 / FLOOR:g}: below, a task counts as solved; what is not finite is above. A training "

@@ -27,6 +27,7 @@ class Suite:
         tasks: names. steps: every horizon.
         optimizers: names of baselines; optional ones take part where installed.
         variants: train HRNN from other initial rates, with scaled gradients, weight decay and a schedule, too.
+        held_out: whether no task is of a family of meta-training.
     """
 
     about: str
@@ -34,6 +35,7 @@ class Suite:
     steps: tuple[int, ...]
     optimizers: tuple[str, ...]
     variants: bool = False
+    held_out: bool = True
 
 
 SUITES = {
@@ -49,6 +51,7 @@ SUITES = {
         tuple(problems.PROBLEMS),
         (1000,),
         ("adam", "sgd", "rmsprop"),
+        held_out=False,
     ),
     "long": Suite(
         "A part of the suite digits for 10 and 40 times as long.",

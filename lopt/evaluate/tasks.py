@@ -317,6 +317,8 @@ class Task:
         reproduce: the targets are the inputs.
     """
 
+    batched = True  # whether a step sees a minibatch, not everything
+
     def __init__(
         self, data: str, network: Network, *, batch: int = 32, wrong: float = 0.0, reproduce: bool = False
     ) -> None:
