@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lopt.bench import step
+from lopt.bench import meta, step
 
-BENCHMARKS = {"step": step}
+BENCHMARKS = {"step": step, "meta": meta}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

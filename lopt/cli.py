@@ -24,6 +24,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("lopt.train.command", "train a network with HRNN or, to compare, with AdamW or SGD"),
     "meta-train": Command("lopt.meta.command", "meta-train an optimizer on many small tasks"),
+    "evaluate": Command("lopt.evaluate.command", "compare meta-parameters with tuned optimizers on held-out tasks"),
     "replay": Command("lopt.interop.tf1", "replay a recorded trajectory and print the worst error of each slot"),
     "bench": Command("lopt.bench.command", "time optimizer steps beside torch.optim's"),
     "info": Command("lopt.info", "print versions, how lopt was built, and which backends can be used"),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from lopt import __version__
+from lopt.meta.distributed import Group
 from lopt.meta.meta_train import MetaTraining
-from lopt.meta.recipe import RECIPES, Recipe
+from lopt.meta.recipe import ABLATIONS, RECIPES, Recipe, ablated
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
@@ -25,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "recipe": "default",
     "minutes": None,
     "stages": None,
+    "ablate": [],
     "seed": 0,
     "tasks": [],
     "start": None,
@@ -43,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scale the recipe to about M minutes on one core (the same meta-steps on every machine)",
     )
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages of the recipe")
+    parser.add_argument(
+        "--ablate", nargs="+", choices=ABLATIONS, metavar="PART", help=f"leave out parts: {', '.join(ABLATIONS)}"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of everything (default 0)")
     parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="train on these tasks too")
     parser.add_argument("--start", metavar="NAME|FILE", help="meta-parameters to go on from (default: untrained)")
@@ -71,23 +76,26 @@ def run(args: argparse.Namespace) -> int:
             raise TrainError(f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out")
         options |= given
     torch.set_num_threads(options["threads"])
+    group = Group.from_environment()
+    device = options["device"]
     training = MetaTraining(
         _recipe(options),
         options["seed"],
-        options["device"],
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and group.size > 1 else device,
         [load_task(name) for name in options["tasks"]],
         None if options["start"] is None else MetaParams.resolve(options["start"]),
+        group,
     )
     if folder is None:
-        folder = _new_folder(args.out)
-        content = json.dumps({**options, "version": __version__}, indent=2) + "\n"
-        checkpoint.write_atomic(folder / "config.json", lambda file: file.write(content.encode()))
+        folder = group.from_first(_new_folder(args.out, options) if group.rank == 0 else None)
     elif (folder / "checkpoint.pt").exists():
         training.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
     with StopRequest() as stop:
         finished = training.run(folder, stop)
-    state = "done" if finished else f"stopped; go on with --resume {folder}"
-    print(f"{state}: meta-parameters in {folder}/meta.safetensors")
+    group.leave()
+    if group.rank == 0:
+        state = "done" if finished else f"stopped; go on with --resume {folder}"
+        print(f"{state}: meta-parameters in {folder}/meta.safetensors")
     return 0 if finished or stop.received is None else 128 + stop.received
 
 
@@ -113,7 +121,7 @@ def load_task(name: str) -> Task:
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
-    recipe = RECIPES[options["recipe"]].scaled(options["minutes"])
+    recipe = ablated(RECIPES[options["recipe"]].scaled(options["minutes"]), options["ablate"])
     if options["stages"] is None:
         return recipe
     named = {stage.name: stage for stage in recipe.stages}
@@ -132,12 +140,20 @@ def _positive(text: str) -> float:
 def _saved_options(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {name: content[name] for name in DEFAULTS}
+        return {name: content[name] if name != "ablate" else content.get(name, []) for name in DEFAULTS}
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
 
 
-def _new_folder(out: Path | None) -> Path:
+def _new_folder(out: Path | None, options: dict[str, Any]) -> Path:
+    """A run folder with the options in config.json."""
+    folder = _empty_folder(out)
+    content = json.dumps({**options, "version": __version__}, indent=2) + "\n"
+    checkpoint.write_atomic(folder / "config.json", lambda file: file.write(content.encode()))
+    return folder
+
+
+def _empty_folder(out: Path | None) -> Path:
     if out is not None:
         if out.is_dir() and any(out.iterdir()):
             raise TrainError(f"{str(out)!r} is not empty: choose another --out, or continue with --resume {out}")

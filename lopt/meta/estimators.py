@@ -47,8 +47,8 @@ def unflatten(config: HRNNConfig, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _estimate(world: World, losses: Tensor, grad: Tensor) -> Estimate:
-    """losses: [R, P]."""
-    mean = losses.detach().mean(0)
+    """losses: [R, P], of all processes. grad: [M]."""
+    mean = losses.mean(0)
     return Estimate((mean * world.mix.weights).sum().item(), mean, grad)
 
 
@@ -70,7 +70,7 @@ class TruncatedBPTT:
         world.restart(named)
         losses = world.unroll(named, steps, derivatives=2 if self.second_order else 1)
         (grad,) = torch.autograd.grad((losses.mean(0) * world.mix.weights).sum(), flat)
-        return _estimate(world, losses, grad)
+        return _estimate(world, torch.cat(world.group.gather(losses.detach())), world.group.mean(grad))
 
 
 class _EvolutionStrategy:
@@ -86,21 +86,23 @@ class _EvolutionStrategy:
         self.sigma = sigma
 
     def _noise(self, meta: MetaParams, world: World) -> Tensor:
-        generator = world.random.generator
-        return self.sigma * torch.randn(world.rows // 2, meta.count, generator=generator, device=generator.device)
+        generator, pairs = world.random.generator, world.rows // 2 * world.group.size
+        return self.sigma * torch.randn(pairs, meta.count, generator=generator, device=generator.device)
 
     def _losses(self, meta: MetaParams, world: World, steps: int, noise: Tensor) -> tuple[Tensor, list[int]]:
-        """[R, P] under perturbed meta-parameters, and the tasks that were restarted."""
+        """[R, P] under perturbed meta-parameters, of the pairs of all processes, and the tasks that were restarted."""
         if world.rows % 2 or world.random.repeat != 2:
             raise ValueError(
                 f"antithetic pairs need an even number of rows of Random(.., repeat=2), got {world.rows} rows, "
                 f"repeat={world.random.repeat}"
             )
         with torch.no_grad():
-            flat = meta.flat()
-            named = unflatten(meta.config, torch.cat([flat + noise, flat - noise]))
+            flat, own = meta.flat(), noise.chunk(world.group.size)[world.group.rank]
+            named = unflatten(meta.config, torch.cat([flat + own, flat - own]))
             restarted = world.restart(named)
-            return world.unroll(named, steps, derivatives=0), restarted
+            parts = world.group.gather(world.unroll(named, steps, derivatives=0))
+            halves = zip(*(part.chunk(2) for part in parts), strict=True)
+            return torch.cat([torch.cat(half) for half in halves]), restarted
 
 
 class ES(_EvolutionStrategy):

@@ -6,17 +6,19 @@
     checkpoint.pt       everything needed to go on, bit for bit on a CPU
     meta.safetensors    the meta-parameters, ready for `lopt.HRNN(params, meta=...)`
     best.safetensors    those with the best validation score
+    tensorboard/        the same rows, where `tensorboard` is installed
 
 All random numbers come from one generator that is part of the checkpoint: a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from torch import Tensor
 
 from lopt.interop.tf1 import RMSProp
 from lopt.meta import validate
+from lopt.meta.distributed import ALONE, Group
 from lopt.meta.estimators import Estimate
 from lopt.meta.recipe import ESTIMATORS, Recipe, Stage
 from lopt.meta.tasks import Random, Task
 from lopt.meta.unroll import Mix, World
 from lopt.metaparams import MetaParams
-from lopt.train import checkpoint
+from lopt.train import TrainError, checkpoint
 from lopt.train.loop import StopRequest
 
 COLUMNS = (
@@ -47,6 +50,50 @@ COLUMNS = (
 ROW_EVERY = 10
 CHECKPOINT_SECONDS = 60
 VALID_STEPS = 500
+
+
+SCALARS = {  # tag -> column
+    "meta-training/meta_loss": "meta_loss",
+    "meta-training/grad_norm": "grad_norm",
+    "meta-training/lr": "lr",
+    "speed/task_steps_per_second": "task_steps_per_second",
+    "validation/final": "valid_final",
+    "validation/area": "valid_area",
+}
+
+
+class Scalars:
+    """Rows as TensorBoard events; does nothing where `tensorboard` is not installed.
+
+    Args:
+        folder: of the events, made at the first row.
+        done: meta-steps of the checkpoint that the run goes on from: events after it, of a run killed later, are
+            hidden from TensorBoard.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.make: Callable[[], Any] | None = lambda: SummaryWriter(str(folder), purge_step=done + 1)
+        except ImportError:
+            self.make = None
+        self.writer: Any = None
+
+    def add(self, row: Sequence[Any]) -> None:
+        """Of `COLUMNS`."""
+        if self.make is None:
+            return
+        self.writer = self.writer or self.make()
+        values = dict(zip(COLUMNS, row, strict=True))
+        for tag, column in SCALARS.items():
+            if values[column] != "":
+                self.writer.add_scalar(tag, float(values[column]), values["meta_step"])
+
+    def close(self) -> None:
+        """Write what is pending."""
+        if self.writer is not None:
+            self.writer.close()
 
 
 class Adam:
@@ -93,6 +140,10 @@ class MetaTraining:
         device: where unrolls run.
         extra: further tasks, a mix of their own in every stage.
         start: meta-parameters to go on from; None: an initialisation with `seed`.
+        group: processes that share the work, all with the same other arguments.
+
+    Raises:
+        TrainError: a stage's rows cannot be shared out equally to the processes.
     """
 
     def __init__(
@@ -102,8 +153,15 @@ class MetaTraining:
         device: torch.device | str = "cpu",
         extra: Sequence[Task] = (),
         start: MetaParams | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.recipe, self.device, self.extra = recipe, torch.device(device), list(extra)
+        self.recipe, self.device, self.extra, self.group = recipe, torch.device(device), list(extra), group
+        for stage in recipe.stages:
+            if stage.rows % (group.size * ESTIMATORS[stage.estimator](stage).repeat):
+                raise TrainError(
+                    f"{stage.rows} rows of stage {stage.name!r} ({stage.estimator}) cannot be shared out equally to "
+                    f"{group.size} processes: choose another --nproc-per-node"
+                )
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.flat = (start or MetaParams.init(recipe.config, seed)).flat().to(self.device)
         self.stage, self.step, self.done, self.seconds = 0, 0, 0, 0.0
@@ -145,19 +203,20 @@ class MetaTraining:
 
     @property
     def _random(self) -> Random:
-        return Random(self.generator, self.estimator.repeat)
+        return Random(self.generator, self.estimator.repeat, self.group.rank, self.group.size)
 
     def _make_world(self, mix: int) -> World:
         stage = self._current
         return World(
             Mix(self.mixes[mix], self.recipe.config, self.device),
-            stage.rows,
+            stage.rows // self.group.size,
             self._random,
             stage.episode,
             stage.augment,
             stage.objective,
             full_loss=stage.full_loss,
             clock=stage.clock,
+            group=self.group,
         )
 
     def _world(self) -> World:
@@ -191,7 +250,7 @@ class MetaTraining:
         lr = stage.lr_at(self.step - 1)
         validated = self.done % self.recipe.validate_every == 0 or self.step == stage.meta_steps
         if validated or self.done % ROW_EVERY == 0:
-            self._row(stage, lr, self._validate() if validated else None)
+            self._row(stage, lr, self._validated() if validated else None)
         if self.step == stage.meta_steps:
             self.stage, self.step = self.stage + 1, 0
             self._begin_stage()
@@ -214,23 +273,38 @@ class MetaTraining:
         )
         self.pending, self.pending_seconds = [], 0.0
 
+    def _validated(self) -> tuple[float, float]:
+        return self.group.from_first(self._validate() if self.group.rank == 0 else None)
+
     def _validate(self) -> tuple[float, float]:
         result = validate.scores(validate.learned(self.meta, list(validate.validation_tasks().values()), VALID_STEPS))
         return result.final.mean().item(), result.area.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes."""
+        """Everything that changes; complete at process 0 of the group, all of which have to call."""
         names = ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best")
-        worlds = {mix: world.state_dict() for mix, world in self.worlds.items()}
+        own = {mix: world.state_dict() for mix, world in self.worlds.items()}
+        worlds, *others = self.group.to_first(own) or [own]
         return {name: getattr(self, name) for name in names} | {
             "generator": self.generator.get_state(),
             "worlds": worlds,
+            "worlds_of_others": others,
             "optimizer": {} if self.finished else self.optimizer.state,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, into a run of the same recipe, tasks and device."""
-        generator = saved["generator"]
+        """The inverse of `state_dict`, into a run of the same recipe, tasks, device and number of processes.
+
+        Raises:
+            TrainError: the number of processes is another one.
+        """
+        generator, parts = saved["generator"], [saved["worlds"], *saved.get("worlds_of_others", [])]
+        if len(parts) != self.group.size:
+            raise TrainError(
+                f"the checkpoint is of {len(parts)} processes, these are {self.group.size}: resume with "
+                f"torchrun --nproc-per-node {len(parts)}"
+            )
+        saved = {**saved, "worlds": parts[self.group.rank]}
         saved = dict(_moved(saved, self.device))
         worlds, optimizer = (saved.pop(name) for name in ("worlds", "optimizer"))
         for name in ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best"):
@@ -257,6 +331,7 @@ class MetaTraining:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         bar = tqdm(
+            disable=self.group.rank > 0,
             total=self.total,
             initial=self.done,
             unit="step",
@@ -265,22 +340,28 @@ class MetaTraining:
             mininterval=0.2 if sys.stderr.isatty() else 10,
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
         )
-        saved, loss = time.perf_counter(), None
-        with bar:
-            while not self.finished and stop.received is None:
+        first, period, loss = self.group.rank == 0, CHECKPOINT_SECONDS, None
+        saved = time.perf_counter()
+        scalars = Scalars(folder / "tensorboard", self.done)
+        with bar, contextlib.closing(scalars):
+            (stopped,) = self.group.any([stop.received is not None])
+            while not (self.finished or stopped):
                 name, rows = self._current.name, len(self.rows)
                 before = self.seconds
                 estimate = self.meta_step()
                 loss = estimate.loss if loss is None else 0.95 * loss + 0.05 * estimate.loss
                 if len(self.rows) > rows:
                     rate = self.rows[-1][5]
-                    self._keep_best(folder)
+                    if first:
+                        self._keep_best(folder)
+                        scalars.add(self.rows[-1])
                 else:
                     rate = self.pending[-1][2] / max(1e-9, self.seconds - before)
                 bar.set_description_str(name, refresh=False)
                 bar.set_postfix_str(f"meta-loss {loss:.3f}, {rate / 1000:.1f}k task-steps/s", refresh=False)
                 bar.update()
-                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                stopped, due = self.group.any([stop.received is not None, time.perf_counter() - saved > period])
+                if due:
                     self.save(folder)
                     saved = time.perf_counter()
         self.save(folder)
@@ -293,8 +374,11 @@ class MetaTraining:
             self.meta.save(folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)})
 
     def save(self, folder: Path) -> None:
-        """Write checkpoint, metrics, meta-parameters and curves, each atomically."""
-        checkpoint.save(folder / "checkpoint.pt", self.state_dict())
+        """Write checkpoint, metrics, meta-parameters and curves, each atomically, at process 0; all have to call."""
+        state = self.state_dict()
+        if self.group.rank > 0:
+            return
+        checkpoint.save(folder / "checkpoint.pt", state)
         text = io.StringIO(newline="")
         csv.writer(text).writerows([COLUMNS, *self.rows])
         checkpoint.write_atomic(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -95,6 +96,22 @@ class Recipe:
         factor = minutes / self.minutes
         stages = (dataclasses.replace(s, meta_steps=max(1, round(factor * s.meta_steps))) for s in self.stages)
         return dataclasses.replace(self, stages=tuple(stages), minutes=minutes)
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {  # name -> options of the architecture without that part
+    "tensor-rnn": {"level_sizes": (10,)},  # the global one reads the tensors' states and goes with it
+    "global-rnn": {"level_sizes": (10, 20)},
+    "timescales": {"timescales": 1, "gradient_products": False, "log_ms_features": False},
+    "shortcut": {"gradient_shortcut": False},
+    "relative-lr": {"relative_log_lr": None},
+}
+
+
+def ablated(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe for an architecture without some parts, names of `ABLATIONS`; everything else is the same."""
+    for name in sorted(names, key=list(ABLATIONS).index, reverse=True):
+        recipe = dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, **ABLATIONS[name]))
+    return recipe
 
 
 def _function(name: str) -> Task:

@@ -22,6 +22,7 @@ from lopt.backends import reference
 from lopt.backends.cpu_flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
+from lopt.meta.distributed import ALONE, Group
 from lopt.meta.tasks.base import Data, Random, Task
 
 Meta = Mapping[str, Tensor]
@@ -300,6 +301,7 @@ class World:
         objective: meta-loss.
         full_loss: take the meta-loss on the whole data set, not on the minibatch whose gradient a step uses.
         clock: whether episodes are counted in "steps" or "unrolls".
+        group: processes that have such a world each, of R rows too; `random` is of this one's part.
     """
 
     def __init__(
@@ -313,8 +315,9 @@ class World:
         *,
         full_loss: bool = False,
         clock: str = "steps",
+        group: Group = ALONE,
     ) -> None:
-        self.mix, self.rows, self.random, self.episode = mix, rows, random, episode
+        self.mix, self.rows, self.random, self.episode, self.group = mix, rows, random, episode, group
         self.augment, self.objective, self.full_loss, self.clock = augment, objective, full_loss, clock
         tasks, n = len(mix), mix.segments.total
         config, device = mix.config, mix.device
@@ -328,7 +331,7 @@ class World:
         self.length = [0.0] * tasks  # 0: starts with the next unroll
         self.fresh = True
         self.restarts = 0  # of the first task
-        self.perturbation: Tensor | None = None  # PES: noise of each row since its tasks' starts, [R/2, P, M]
+        self.perturbation: Tensor | None = None  # PES: noise of each pair, of all processes, since its tasks' starts
         self.state = empty_state(config, rows, mix)
 
     def restart(self, meta: Meta) -> list[int]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lopt import HRNN, HRNNConfig, MetaParams, cli
+from lopt.meta import meta_train, validate
 from lopt.meta import recipe as recipes
-from lopt.meta import validate
 from lopt.meta.meta_train import COLUMNS, MetaTraining, TFRMSProp
 from lopt.meta.recipe import Recipe, Stage
 from lopt.meta.tasks import Task, networks, paper
@@ -177,6 +177,7 @@ def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path,
         "checkpoint.pt",
         "meta.safetensors",
         "best.safetensors",
+        "tensorboard",
     }
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = HRNN([weight], meta=str(out / "meta.safetensors"))
@@ -202,6 +203,61 @@ def test_stop_request_leaves_a_checkpoint(tmp_path):
         stop.received = signal.SIGTERM
         assert not training.run(tmp_path, stop)
     assert recipes_checkpoint(tmp_path)["done"] == 0
+
+
+def events(folder: Path) -> dict[str, list[int]]:
+    """Steps of every tag that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(folder / "tensorboard"))
+    shown.Reload()
+    return {tag: [event.step for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_every_row_once_after_a_run_was_killed_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(meta_train, "ROW_EVERY", 2)
+    training = MetaTraining(tiny(), 0)
+    stop = StopRequest()
+    for _ in range(4):
+        training.meta_step()
+    training.save(tmp_path)
+    with monkeypatch.context() as patch:  # as if killed: the events are written, the checkpoint is the old one
+        patch.setattr(MetaTraining, "save", lambda self, folder: None)
+        training.run(tmp_path, stop)
+    assert events(tmp_path)["meta-training/meta_loss"] == [6, 8, 10, 12, 14, 15]
+    resumed = MetaTraining(tiny(), 0)
+    resumed.load_state_dict(recipes_checkpoint(tmp_path))
+    resumed.run(tmp_path, stop)
+    found = events(tmp_path)
+    assert found["meta-training/meta_loss"] == [row[0] for row in resumed.rows if row[0] > 4]
+    assert found["validation/final"] == [6, 12, 15]
+    assert set(found) == set(meta_train.SCALARS)
+
+
+def test_run_goes_on_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    training = MetaTraining(tiny(), 0)
+    assert training.run(tmp_path, StopRequest())
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("name", recipes.ABLATIONS)
+def test_an_ablation_changes_the_architecture_alone_and_trains(name):
+    recipe = recipes.ablated(dataclasses.replace(tiny(), config=recipes.SHIPPED_CONFIG), [name])
+    assert recipe.stages == tiny().stages
+    assert dataclasses.asdict(recipe.config) != dataclasses.asdict(recipes.SHIPPED_CONFIG)
+    training = MetaTraining(recipe, 0)
+    assert training.flat.numel() < MetaParams.init(recipes.SHIPPED_CONFIG).count
+    before = training.flat
+    for _ in range(8):
+        assert training.meta_step().loss < 5
+    assert training.flat.isfinite().all() and not torch.equal(before, training.flat)
+
+
+def test_ablations_combine():
+    both = recipes.ablated(recipes.DEFAULT, ["global-rnn", "tensor-rnn", "shortcut"])
+    assert both.config.level_sizes == (10,) and not both.config.gradient_shortcut
+    assert both == recipes.ablated(recipes.DEFAULT, ["shortcut", "tensor-rnn", "global-rnn"])
 
 
 def test_recipes_scale_to_other_durations():

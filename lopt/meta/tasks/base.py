@@ -25,16 +25,20 @@ class Random:
     Args:
         generator: the source.
         repeat: copy i, i + count/repeat, .. get the same numbers: the members of antithetic pairs see one world.
+        part, parts: draw for `parts` times as many copies, and return the numbers of this part of them.
     """
 
-    def __init__(self, generator: torch.Generator, repeat: int = 1) -> None:
+    def __init__(self, generator: torch.Generator, repeat: int = 1, part: int = 0, parts: int = 1) -> None:
         self.generator, self.repeat, self.device = generator, repeat, generator.device
+        self.part, self.parts = part, parts
 
     def _tiled(self, draw: Any, count: int, shape: tuple[int, ...]) -> Tensor:
         own, rest = divmod(count, self.repeat)
         if rest:
             raise ValueError(f"{count} copies cannot be shared out to {self.repeat} equal parts")
-        values = draw((own, *shape))
+        values = draw((own * self.parts, *shape))
+        if self.parts > 1:
+            values = values[own * self.part : own * (self.part + 1)]
         return torch.cat([values] * self.repeat) if self.repeat > 1 else values
 
     def normal(self, count: int, *shape: int) -> Tensor:

@@ -1,0 +1,81 @@
+"""Scores: interquartile means, bootstrap, tuning, speed-ups."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lopt.evaluate import statistics
+from lopt.evaluate.optimizers import OPTIMIZERS
+from lopt.evaluate.statistics import Entrant
+from lopt.evaluate.training import Result, Run
+
+TASKS, SEEDS = ("one", "two"), (0, 1, 2)
+
+
+def made(final: float, test: float | None = 0.5) -> Result:
+    return Result(1.0, final, final, math.log(final), test, None, (1.0, final), 0.0)
+
+
+def table(losses):
+    """Adam's results: losses of (task, rate, seed)."""
+    return {
+        Run(task, 10, seed, statistics.baseline("adam", rate)): made(losses(task, rate, seed))
+        for task in TASKS
+        for rate in OPTIMIZERS["adam"].rates
+        for seed in SEEDS
+    }
+
+
+def test_interquartile_mean_is_the_trimmed_mean():
+    values = np.random.default_rng(0).normal(size=(5, 48))
+    np.testing.assert_allclose(statistics.interquartile_mean(values), stats.trim_mean(values, 0.25, axis=1))
+    assert statistics.interquartile_mean(np.array([0.0, 1.0, 2.0, 1e9])) == 1.5
+
+
+def test_interval_holds_its_middle_and_shrinks_with_the_spread_of_the_seeds():
+    rng = np.random.default_rng(0)
+    tasks, noise = rng.normal(size=(12, 1)), rng.normal(size=(12, 5))
+    wide, narrow = (statistics.interval(tasks + scale * noise) for scale in (0.5, 0.05))
+    for found in (wide, narrow):
+        assert found.low < found.middle < found.high
+    assert narrow.high - narrow.low < 0.3 * (wide.high - wide.low)
+    same = statistics.interval(np.repeat(tasks, 5, 1))
+    assert same.low == pytest.approx(same.high)
+
+
+def test_tuning_takes_the_lowest_geometric_mean_of_each_task():
+    best = {"one": 1e-3, "two": 3e-2}
+    results = table(lambda task, rate, seed: 0.1 + abs(math.log10(rate / best[task])) / 10)
+    entrant = statistics.tuned(results, TASKS, 10, SEEDS, "adam")
+    assert {task: setting.lr for task, setting in entrant.settings.items()} == best
+    values = statistics.scores(results, entrant, entrant, TASKS, 10, SEEDS, "final")
+    assert values.shape == (2, 3) and np.abs(values).max() < 1e-12
+    worse = statistics.fixed(results, TASKS, 10, SEEDS, "", statistics.baseline("adam", 1e-3))
+    values = statistics.scores(results, worse, entrant, TASKS, 10, SEEDS, "final")
+    assert values[0] == pytest.approx(0) and (values[1] > 0.5).all()
+    assert statistics.share_not_worse(values) == 0.5
+
+
+def test_a_missing_training_leaves_the_optimizer_out():
+    results = table(lambda task, rate, seed: 0.5)
+    del results[Run("two", 10, 1, statistics.baseline("adam", 1e-1))]
+    assert statistics.tuned(results, TASKS, 10, SEEDS, "adam") is None
+    assert statistics.fixed(results, TASKS, 10, SEEDS, "", statistics.baseline("adam", 1e-1)) is None
+    assert statistics.fixed(results, TASKS, 10, SEEDS, "", statistics.baseline("adam", 1e-2)) is not None
+
+
+def test_divergences_are_counted():
+    bad = {("one", 0), ("two", 2)}
+    results = table(lambda task, rate, seed: (math.inf if task == "one" else 1.5) if (task, seed) in bad else 0.5)
+    entrant = Entrant("", dict.fromkeys(TASKS, statistics.baseline("adam", 1e-2)))
+    assert statistics.divergences(results, entrant, TASKS, 10, SEEDS) == 2
+
+
+def test_speed_up_is_the_ratio_of_the_steps_to_the_same_loss():
+    slow = np.linspace(1, 0.5, 100)
+    fast = np.maximum(np.linspace(1, 0, 100), 0.3)
+    assert statistics.speed_up(fast, slow) == pytest.approx(2, rel=0.03)
+    assert statistics.speed_up(slow, fast) == pytest.approx(0.5, rel=0.03)
+    assert statistics.speed_up(slow, slow) == 1

@@ -1,0 +1,122 @@
+"""Tasks: their networks are torch.nn's, copies do not see each other, evaluation uses the training part alone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lopt.evaluate import problems, suites, tasks
+from lopt.evaluate.training import _loss_and_gradient, _views
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_there_are_enough_tasks_of_500_to_20000_parameters():
+    assert len(tasks.TASKS) >= 12
+    assert all(500 <= suites.task(name).count <= 20_000 for name in tasks.TASKS)
+
+
+@pytest.mark.parametrize("name", [*tasks.TASKS, *problems.PROBLEMS])
+def test_copies_are_independent_and_an_episode_has_a_positive_loss(name):
+    task = suites.task(name)
+    seeds = [0, 1, 0]
+    theta = torch.stack([task.start(seed) for seed in seeds])
+    index = torch.stack([task.order(seed, 2)[1] for seed in seeds])
+    loss, grad = _loss_and_gradient(task, theta, index)
+    assert (loss > 0).all() and loss.isfinite().all()
+    alone = [_loss_and_gradient(task, theta[copy : copy + 1], index[copy : copy + 1]) for copy in range(3)]
+    # Products of other batch sizes are summed in another order: some roundings of float32.
+    torch.testing.assert_close(loss, torch.cat([own for own, _ in alone]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, torch.cat([own for _, own in alone]), rtol=1e-4, atol=1e-5 * grad.abs().max())
+    assert torch.equal(loss[0], loss[2]) and not torch.equal(loss[0], loss[1])
+    final, test, _ = task.evaluate(_views(task, theta[:1]))
+    assert final > 0
+    assert (test is None) == (name in problems.PROBLEMS)
+
+
+def test_order_visits_every_training_sample_once_per_epoch_and_no_test_sample():
+    task = suites.task("wine-mlp")
+    epoch = task.train // task.batch
+    first, second = task.order(3, 2 * epoch).split(epoch)
+    for part in (first, second):
+        assert len(part.unique()) == epoch * task.batch
+    assert not torch.equal(first, second)
+    assert task.order(0, 1000).max() < task.train
+    assert torch.equal(task.order(3, 40)[:7], task.order(3, 7))
+
+
+def test_wrong_labels_are_a_fifth_of_the_training_labels_and_no_test_label():
+    clean, noisy = suites.task("mlp-relu"), suites.task("label-noise")
+    changed = clean.y != noisy.y
+    assert changed[: clean.train].double().mean().item() == pytest.approx(0.2 * 0.9, abs=0.03)
+    assert not changed[clean.train :].any()
+
+
+def test_features_are_standardised_by_the_training_part():
+    data = tasks.data_set("breast_cancer")
+    torch.testing.assert_close(data.x[: data.train].mean(0), torch.zeros(30), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.x[: data.train].std(0), torch.ones(30), atol=1e-5, rtol=0)
+    assert data.x[data.train :].mean().abs() > 1e-4
+
+
+def test_gru_is_torchs():
+    torch.manual_seed(0)
+    theirs = torch.nn.GRU(8, 5, batch_first=True)
+    x = torch.randn(3, 7, 8)
+    params = [theirs.weight_ih_l0.T, theirs.bias_ih_l0, theirs.weight_hh_l0.T, theirs.bias_hh_l0]
+    ours = torch.stack(tasks.gru(x[None], [param[None] for param in params]), 2)
+    torch.testing.assert_close(ours[0], theirs(x)[0])
+
+
+def test_convolution_is_torchs():
+    x, kernel = torch.randn(1, 4, 8, 8, 3), torch.randn(5, 3, 3, 3)
+    ours = tasks.convolve(x, kernel.permute(2, 3, 1, 0).reshape(1, 27, 5))
+    theirs = F.conv2d(x[0].permute(0, 3, 1, 2), kernel, padding=1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours[0], theirs)
+    torch.testing.assert_close(tasks.pool(x)[0], F.avg_pool2d(x[0].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
+
+
+def test_batch_norm_takes_its_statistics_from_the_first_samples():
+    x, scale, shift = torch.randn(6, 4, 4, 3), torch.rand(3), torch.randn(3)
+    ours = tasks.batch_norm(x[None], scale[None], shift[None], 4)[0]
+    channels_first = x.permute(0, 3, 1, 2)
+    fit = channels_first[:4].transpose(0, 1).flatten(1)
+    theirs = F.batch_norm(channels_first, fit.mean(1), fit.var(1, correction=0), scale, shift)
+    torch.testing.assert_close(ours, theirs.permute(0, 2, 3, 1))
+
+
+def test_transformer_block_is_torchs():
+    torch.manual_seed(0)
+    network = tasks.Transformer(8, 2, 1, 3)
+    params = [torch.randn(1, *start.shape) * 0.3 for start in network.starts]
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+    own = [param[0] for param in params[3:-4]]
+    names = ["norm1", "self_attn.in_proj_", "self_attn.out_proj.", "norm2", "linear1", "linear2"]
+    state = {}
+    for name, weight, bias in zip(names, own[::2], own[1::2], strict=True):
+        name = name if name[-1] in "._" else f"{name}."
+        state |= {f"{name}weight": weight.T if weight.dim() > 1 else weight, f"{name}bias": bias}
+    layer.load_state_dict(state)
+    x = torch.randn(1, 2, 64)
+    image = x[0].view(2, 8, 8)
+    patches = F.unfold(image[:, None], 2, stride=2).transpose(1, 2)  # [2, 16, 4]
+    h = layer(patches @ params[0][0] + params[1][0] + params[2][0])
+    h = F.layer_norm(h, (8,), params[-4][0], params[-3][0]).mean(1)
+    with torch.no_grad():
+        torch.testing.assert_close(network(params, x, 2)[0], h @ params[-2][0] + params[-1][0])
+
+
+def test_an_mlp_starts_as_torchs_layers_do():
+    starts = tasks.MLP(64, 32, 10).starts
+    layers = [torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)]
+    params = [param for layer in layers for param in layer.parameters()]
+    for start, param in zip(starts, params, strict=True):
+        assert math.prod(start.shape) == param.numel()
+        assert start.bound >= param.abs().max() > 0.6 * start.bound
