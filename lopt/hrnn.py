@@ -374,7 +374,7 @@ class HRNN(Optimizer):
         shared = [
             other["global_hidden"]
             for other in self.state.values()
-            if "global_hidden" in other and other["global_hidden"].device == param.device
+            if isinstance(other, dict) and "global_hidden" in other and other["global_hidden"].device == param.device
         ]
         state.update(init_state(param, self.meta, log_lr))
         if self.config.levels >= 3:
