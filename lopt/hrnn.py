@@ -20,10 +20,11 @@ from lopt.backends.reference import sums_columns
 from lopt.config import GRADIENT_LIMIT, HRNNConfig
 from lopt.distributed import Shards, real, within_limit
 from lopt.metaparams import MetaParams
-from lopt.state import ROWS, init_global, init_state, like_parameter, rows, strides
+from lopt.state import ROWS, bytes_per_parameter, init_global, init_state, like_parameter, rows, strides
 
 NONFINITE = ("skip", "raise")
 LIKELY_A_LEARNING_RATE = 0.05
+FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
 
 OPTIONS = {
     "lr": 1.0,
@@ -51,6 +52,20 @@ class _Plan(NamedTuple):
     attention_update: Tensor | None  # [n]
     sums: Tensor  # [T, K]
     scale: Tensor  # [T, 1], with attention [T, 2]
+
+
+class Memory(NamedTuple):
+    """Bytes that an optimizer needs on one process, all parameters and their gradients left out.
+
+    Attributes:
+        state: kept between steps.
+        buffers: kept beside it, for the update of a step.
+        checkpoint: size of a file of `torch.save(optimizer.state_dict())`, to 2 %.
+    """
+
+    state: int
+    buffers: int
+    checkpoint: int
 
 
 class HRNN(Optimizer):
@@ -145,6 +160,27 @@ class HRNN(Optimizer):
         self._read_state = operator.itemgetter(*names)
         self._plans: dict[torch.device, _Plan] = {}
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
+
+    @staticmethod
+    def memory(params: Iterable[Any], *, meta: MetaParams | str | os.PathLike[str] | None = None) -> Memory:
+        """What training these parameters will need, before it starts. Tensors on the meta device will do.
+
+        Args:
+            params: as for the optimizer; those that require a gradient count. Of a DTensor its local shard does.
+            meta: as for the optimizer.
+        """
+        config = MetaParams.resolve(meta).config
+        given = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
+        listed = [group if isinstance(group, Tensor) else list(group) for group in given]
+        entries = [entry for group in listed for entry in ([group] if isinstance(group, Tensor) else group)]
+        unique = dict.fromkeys(entry[1] if isinstance(entry, tuple) else entry for entry in entries)
+        tensors = [real(distributed.local(param)) for param in unique if param.requires_grad]
+        values = sum(tensor.numel() for tensor in tensors)
+        small = 4 * sum(row.size(config) or 1 for row in rows(config, "tensor"))
+        models = 4 * config.global_size * len({tensor.device for tensor in tensors})
+        state = values * bytes_per_parameter(config) + small * len(tensors) + models
+        records = len(tensors) * (len(rows(config, "parameter")) + len(rows(config, "tensor"))) + bool(models)
+        return Memory(state, 4 * values * (1 + config.attention), state + FILE_RECORD * records + FILE_HEAD)
 
     @property
     def config(self) -> HRNNConfig:
