@@ -32,6 +32,7 @@ COMMANDS = {
 
 EXTRAS = {  # module -> (what pip calls it, extra of lopt that brings it)
     "PIL": ("pillow", "train"),
+    "huggingface_hub": ("huggingface_hub", "huggingface"),
     "matplotlib": ("matplotlib", "train"),
     "pytorchcv": ("pytorchcv", "train"),
     "sklearn": ("scikit-learn", "train"),

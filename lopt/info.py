@@ -1,4 +1,4 @@
-"""`lopt info`: versions, how lopt._C was built, and which backend does the arithmetic on which device."""
+"""`lopt info`: versions, how lopt._C was built, which backend does the arithmetic, and what a model's state takes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ Rows = list[tuple[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`lopt info` has no options."""
+    """The options of `lopt info`."""
+    parser.add_argument("--model", metavar="NAME", help="print what training it needs: a name as for `lopt train`")
+    parser.add_argument("--classes", type=int, default=1000, help="of that model, %(default)s by default")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 0."""
-    print(report())
+    print(report() if args.model is None else table(memory(args.model, args.classes)))
     return 0
 
 
@@ -40,6 +42,11 @@ def report() -> str:
         ],
         "chosen for the default configuration": [(device, chosen(device)) for device in DEVICES],
     }
+    return table(sections)
+
+
+def table(sections: dict[str, Rows]) -> str:
+    """Titles, and under each its rows, in two columns."""
     width = max(len(name) for rows in sections.values() for name, _ in rows)
     return "\n\n".join(
         "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]) for title, rows in sections.items()
@@ -82,6 +89,38 @@ def chosen(device: str) -> str:
         return "no CUDA device"
     name = backends.choose(torch.device(device), lopt.HRNNConfig()).__name__.rpartition(".")[2]
     return f"{name} on {torch.cuda.get_device_name()}" if device == "cuda" else name
+
+
+def memory(model: str, classes: int) -> dict[str, Rows]:
+    """What `HRNN` needs beside a model, its parameters and their gradients.
+
+    Raises:
+        TrainError: there is no such model.
+        ImportError: the package that has it is not installed.
+    """
+    from lopt.train import models
+
+    network, _, _ = models.build(model, classes, 3, None)
+    params = list(network.parameters())
+    needed = lopt.HRNN.memory(params)
+    small = lopt.HRNN.memory(params, state_format="compact")
+    count = sum(map(torch.numel, params))
+    return {
+        f"{model} for {classes:,} classes": [
+            ("parameters", f"{count:,} in {len(params):,} tensors"),
+            ("state", f"{_size(needed.state)}, {needed.state / count:.3g} bytes per parameter"),
+            ("compact state", f"{_size(small.state)}, {small.state / count:.3g} bytes per parameter"),
+            ("update", f"{_size(needed.buffers)} more while training"),
+            ("checkpoint", f"{_size(needed.checkpoint)} of optimizer state, to 2 %"),
+        ]
+    }
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest decimal unit that leaves a number of 1 or more."""
+    units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")]
+    scale, unit = next((scale, unit) for scale, unit in units if count >= scale or scale == 1)
+    return f"{count / scale:.3g} {unit}"
 
 
 def _driver() -> str:

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lopt import hub
 from lopt.config import HRNNConfig
 from lopt.interop.tf1_names import VARIABLE_NAMES, tf_shape
 
@@ -272,6 +273,58 @@ class MetaParams(Mapping[str, Tensor]):
             return cls(HRNNConfig.from_json(metadata.get("config", "")), tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        file: str = hub.FILE,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> MetaParams:
+        """Read meta-parameters from a folder or, through huggingface_hub, from a repository "user/name" of the hub.
+
+        Args:
+            name: a folder, or the name of a repository.
+            file: name of the safetensors file in it.
+            revision: branch, tag or commit of the repository; its main branch by default.
+            token: of the hub, for private repositories; the one logged in with by default.
+
+        Raises:
+            FileNotFoundError: there is no such folder, repository or file.
+            ValueError: the name is not that of a repository, or the file holds no meta-parameters.
+            ConnectionError: the hub cannot be reached, and the file is not in the cache.
+            ImportError: a repository is asked for and huggingface_hub is not installed.
+        """
+        return cls.load(hub.find(name, file=file, revision=revision, token=token))
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        file: str = hub.FILE,
+        private: bool = False,
+        token: str | bool | None = None,
+        message: str = "Upload meta-parameters",
+        card: Mapping[str, str] | None = None,
+    ) -> str:
+        """Upload to the repository "user/name" of the hub, made if there is none, for `from_pretrained`.
+
+        Args:
+            name, file, token: as for `from_pretrained`.
+            private: whether a repository that is made is private.
+            message: of the commit.
+            card: as for `save`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConnectionError: the hub cannot be reached, or refuses; nothing was uploaded.
+            ImportError, ValueError: as for `from_pretrained`.
+        """
+        return hub.push(self, name, file=file, private=private, token=token, message=message, card=card)
 
     @staticmethod
     def shipped() -> dict[str, Path]:

@@ -127,6 +127,16 @@ def test_info_says_which_parts_the_build_left_out(monkeypatch):
     assert rows["CUDA kernels"] == "no: no nvcc on PATH"
 
 
+def test_info_of_a_model_shows_what_training_it_needs(capsys):
+    assert cli.main(["info", "--model", "preresnet8", "--classes", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "preresnet8 for 10 classes" in said
+    assert "77,850 in 25 tensors" in said
+    assert "5.92 MB, 76" in said
+    assert cli.main(["info", "--model", "no_such_net"]) == 2
+    assert "no_such_net" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_info_names_the_gpu_and_its_backend():
     assert torch.cuda.get_device_name() in info.chosen("cuda")

@@ -731,6 +731,23 @@ def test_the_default_dtype_does_not_change_a_step(place):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("meta", list(METAS))
+def test_memory_foretells_the_bytes_of_state_and_of_a_checkpoint(meta):
+    params = Place("reference", "cpu").params((40, 50), (50,), (), (0,), (4, 3, 5, 2))
+    frozen = nn.Parameter(torch.zeros(1000), requires_grad=False)
+    optimizer = HRNN([*params, frozen], meta=METAS[meta])
+    optimizer.step()
+    held = {value.data_ptr(): value.nbytes for state in optimizer.state.values() for value in state.values()}
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    expected = sum(held.values()), 4 * sum(map(torch.numel, params)) * (1 + optimizer.config.attention)
+    groups = [{"params": [("first", params[0]), *enumerate(params[1:])]}, {"params": frozen}]
+    for given in (params, [*params, frozen], groups, [param.to("meta") for param in params]):
+        found = HRNN.memory(given, meta=METAS[meta])
+        assert (found.state, found.buffers) == expected
+        assert found.checkpoint == pytest.approx(file.tell(), rel=0.02)
+
+
 # Saving, loading, copying
 
 
@@ -1015,6 +1032,10 @@ SCHEDULERS: dict[str, Callable[[HRNN], lr_scheduler.LRScheduler]] = {
     "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0),
     "SWALR": lambda opt: torch.optim.swa_utils.SWALR(opt, 0.5, 3),
 }
+
+
+def test_every_scheduler_of_torch_is_tried_below():
+    assert set(lr_scheduler.__all__) - {"LRScheduler"} <= SCHEDULERS.keys()
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
