@@ -20,16 +20,16 @@ class Backend(NamedTuple):
     """One line of the table.
 
     Attributes:
-        module: its Python module, None where this version of lopt has none.
+        module: its Python module.
         device: type of the tensors it runs on, "*" for all.
     """
 
-    module: str | None
+    module: str
     device: str
 
 
 BACKENDS = {
-    "cuda": Backend(None, "cuda"),
+    "cuda": Backend("lopt.backends.cuda", "cuda"),
     "triton": Backend("lopt.backends.triton", "cuda"),
     "cpu": Backend("lopt.backends.cpu", "cpu"),
     "reference": Backend("lopt.backends.reference", "*"),
@@ -40,15 +40,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # then they run, slowly, on the C
 
 
 def _module(name: str) -> ModuleType:
-    module = BACKENDS[name].module
-    assert module is not None
-    return importlib.import_module(module)
+    return importlib.import_module(BACKENDS[name].module)
 
 
 def unusable(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None."""
-    if BACKENDS[name].module is None:
-        return "this version of lopt has no kernels for it"
     return _module(name).unusable()
 
 
