@@ -1,17 +1,21 @@
-// The Python face of lopt._C: addresses of tensors in, nothing of torch. lopt/backends/cpu.py is the one caller. It is compiled once for the baseline processor; hrnn_*.cpp is compiled once per instruction
-// set, each in a namespace of that set's name. setup.py defines
+// The Python face of lopt._C: addresses of tensors in, nothing of torch. lopt/backends/cpu.py and
+// cuda.py are the callers. It is compiled once for the baseline processor; hrnn_*.cpp is compiled once per instruction set,
+// each in a namespace of that set's name. setup.py defines
 //     LOPT_FOR_EACH_ISA(X)   X(v2) X(v3) X(v4) on x86-64, X(generic) elsewhere; weakest first
 //     LOPT_VERSION           the package's version
 //     LOPT_CUDA_ARCHS        what the .cu files are compiled for; undefined without them
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "hrnn.h"
+#include "hrnn_cuda.h"
 #include "hrnn_meta.h"
 
 #ifdef _OPENMP
@@ -232,6 +236,127 @@ static void meta_backward(bool is_double, py::dict common, List old, List now, i
   active().meta->backward[is_double](args);
 }
 
+// What the GPU kernels and lopt/backends/gpu.py have to agree on.
+static py::dict gpu_layout() {
+#define LOPT_NAME(name) #name,
+  const std::vector<const char*> advance = {LOPT_ADVANCE_COLUMNS(LOPT_NAME)}, summary = {LOPT_SUMMARY_COLUMNS(LOPT_NAME)};
+  const std::vector<const char*> apply = {LOPT_APPLY_COLUMNS(LOPT_NAME)};
+#undef LOPT_NAME
+  using W = lopt::Weights<float>;
+  py::dict weights;
+#define LOPT_FIELD(name) weights[#name] = offsetof(W, name) / sizeof(float);
+  LOPT_FIELD(gru) LOPT_FIELD(direction) LOPT_FIELD(direction_shortcut) LOPT_FIELD(attention) LOPT_FIELD(attention_shortcut)
+  LOPT_FIELD(decay) LOPT_FIELD(decay_bias) LOPT_FIELD(log_lr) LOPT_FIELD(log_lr_bias) LOPT_FIELD(momentum)
+  LOPT_FIELD(log_lr_min) LOPT_FIELD(log_lr_max) LOPT_FIELD(log2_step_offset) LOPT_FIELD(attention_factor) LOPT_FIELD(ms_eps)
+  LOPT_FIELD(rms_eps)
+#undef LOPT_FIELD
+  py::dict layout;
+  layout["advance"] = advance;
+  layout["summary"] = summary;
+  layout["apply"] = apply;
+  layout["weights"] = weights;
+  layout["weights_size"] = sizeof(W) / sizeof(float);
+  layout["columns_at_once"] = lopt::kColumns;
+  layout["injected_size"] = sizeof(lopt::Injected<float>) / sizeof(float);
+  layout["partials"] = lopt::gpu::kPartials;
+  layout["tile"] = lopt::gpu::kTile;
+  layout["largest_level"] = lopt::gpu::kLargestLevel;
+  return layout;
+}
+
+// Named arguments of a GPU launch.
+class Named {
+ public:
+  explicit Named(const py::dict& values) : values_(values) {}
+  int64_t integer(const char* name) const { return at(name).cast<int64_t>(); }
+  double real(const char* name) const { return at(name).cast<double>(); }
+  template <class T>
+  T* address(const char* name) const { return pointer<T>(integer(name)); }
+
+ private:
+  py::handle at(const char* name) const { return values_[name]; }
+  const py::dict& values_;
+};
+
+static const lopt::gpu::Launches& launches(bool emulated) {
+#ifdef LOPT_CUDA_ARCHS
+  if (!emulated) return lopt::gpu::cuda;
+#endif
+  if (!emulated) throw std::runtime_error("lopt._C was built without CUDA kernels");
+  return lopt::gpu::emulated;
+}
+
+static void check_launch(const char* stage, const char* error) {
+  if (error) throw std::runtime_error(std::string("launch of ") + stage + " failed: " + error);
+}
+
+static void gpu_advance(bool emulated, int64_t stream, const py::dict& values) {
+  const Named named(values);
+  lopt::gpu::Advance args{};
+  args.table = named.address<const int64_t>("table");
+  args.chunks = named.address<const int32_t>("chunks");
+  args.tensors = int(named.integer("tensors"));
+  args.chunk_count = int(named.integer("chunk_count"));
+  args.weights = named.address<const float>("weights");
+  args.bias = named.address<const float>("bias");
+  args.from_tensor = named.address<const float>("from_tensor");
+  args.from_global = named.address<const float>("from_global");
+  args.global_hidden = named.address<const float>("global_hidden");
+  args.tensor_size = int(named.integer("tensor_size"));
+  args.global_size = int(named.integer("global_size"));
+  args.relative_to_problem = named.integer("relative_to_problem");
+  args.attention = named.integer("attention");
+  args.products = named.integer("products");
+  args.gradient_limit = float(named.real("gradient_limit"));
+  args.grad_scale = named.address<const float>("grad_scale");
+  args.skip = named.address<float>("skip");
+  args.injected = named.address<float>("injected");
+  args.update = named.address<float>("update");
+  args.attention_update = named.address<float>("attention_update");
+  args.partials = named.address<float>("partials");
+  args.tickets = named.address<int32_t>("tickets");
+  args.sums = named.address<float>("sums");
+  check_launch("advance", launches(emulated).advance(args, pointer<void>(stream)));
+}
+
+static void gpu_summarise(bool emulated, int64_t stream, const py::dict& values) {
+  const Named named(values);
+  lopt::gpu::Summarise args{};
+  args.table = named.address<const int64_t>("table");
+  args.tensors = int(named.integer("tensors"));
+  args.sums = named.address<const float>("sums");
+  args.tensor_weights = named.address<const float>("tensor_weights");
+  args.global_weights = named.address<const float>("global_weights");
+  args.inputs = int(named.integer("inputs"));
+  args.columns = int(named.integer("columns"));
+  args.squares = int(named.integer("squares"));
+  args.tensor_size = int(named.integer("tensor_size"));
+  args.global_size = int(named.integer("global_size"));
+  args.attention = named.integer("attention");
+  args.global_last = named.integer("global_last");
+  args.direction_eps = float(named.real("direction_eps"));
+  args.global_hidden = named.address<float>("global_hidden");
+  args.skip = named.address<const float>("skip");
+  args.scale = named.address<float>("scale");
+  args.states = named.address<float>("states");
+  args.ticket = named.address<int32_t>("ticket");
+  check_launch("summarise", launches(emulated).summarise(args, pointer<void>(stream)));
+}
+
+static void gpu_apply(bool emulated, int64_t stream, const py::dict& values) {
+  const Named named(values);
+  lopt::gpu::Apply args{};
+  args.table = named.address<const int64_t>("table");
+  args.chunks = named.address<const int32_t>("chunks");
+  args.tensors = int(named.integer("tensors"));
+  args.chunk_count = int(named.integer("chunk_count"));
+  args.update = named.address<const float>("update");
+  args.attention_update = named.address<const float>("attention_update");
+  args.scale = named.address<const float>("scale");
+  args.skip = named.address<const float>("skip");
+  check_launch("apply", launches(emulated).apply(args, pointer<void>(stream)));
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lopt: raw pointers in, nothing of torch.";
   m.attr("__version__") = LOPT_VERSION;
@@ -247,4 +372,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("map", &map, "A function of csrc/simd.h over an array of floats, for tests.");
   m.def("meta_forward", &meta_forward, "The parameter level of many models, see lopt/backends/cpu_flat.py.");
   m.def("meta_backward", &meta_backward, "Its derivative.");
+  m.def("gpu_layout", &gpu_layout, "Columns of the tables of the GPU kernels, offsets of weights, sizes of scratch memory.");
+  m.def("gpu_advance", &gpu_advance, "Stage 1 on a GPU, or emulated on the host, see lopt/backends/cuda.py.");
+  m.def("gpu_summarise", &gpu_summarise, "Stage 2.");
+  m.def("gpu_apply", &gpu_apply, "Stage 3.");
 }

@@ -71,9 +71,29 @@ struct Injected {
 
 namespace LOPT_ISA {
 
-// Elementary functions: fma, min, max, sqrt, rsqrt, ratio, exp2, log, asinh.
+// Elementary functions: fma, min, max, sqrt, rsqrt, ratio, exp2, log, asinh; `divides_by_infinity`: exp2 of a large number is
+// infinite and its ratio 0, otherwise arguments have to be bounded.
 template <class Number>
 struct Math;
+
+template <class M, class Number, class... Coefficients>
+LOPT_HD Number polynomial(const Number& x, const Number& sum, float next, Coefficients... rest) {
+  if constexpr (sizeof...(rest) == 0)
+    return M::fma(sum, x, next);
+  else
+    return polynomial<M>(x, M::fma(sum, x, next), rest...);
+}
+
+// log(|x| + sqrt(x^2 + 1)) with the sign of x; near 0, where that cancels, an odd polynomial. The former is accurate to
+// 1.2e-7 in absolute terms, so it is good enough from .48 on. Beyond 1e18, where the square would overflow, constant.
+// `M` has, beside log and rsqrt, magnitude(x, most) = min(|x|, most), below(x, limit, yes, no) and with_sign(x, sign).
+template <class M, class Number>
+LOPT_HD Number asinh(const Number& x) {
+  const Number magnitude = M::magnitude(x, 1e18f), square = magnitude * magnitude, above = square + 1;
+  const Number large = M::log(M::fma(above, M::rsqrt(above), magnitude));
+  const Number p = polynomial<M>(square, Number(-0x1.b21d24p-7f), 0x1.cda0dep-6f, -0x1.6b9be8p-5f, 0x1.332530p-4f, -0x1.555536p-3f);
+  return M::with_sign(M::below(large, 0.48f, M::fma(p * square, magnitude, magnitude), large), x);
+}
 
 // One step of one parameter. `Io` reads its state and takes the results, the sums over parameters included:
 //     Number grad(), log_lr(), hidden(int), accum(int), ms(int)
@@ -95,24 +115,32 @@ struct Step {
   static constexpr int kInputs = kHidden + V::features;
   Number log_lr;
   Number input[kHidden + V::features + kHidden];  // hidden state | features | reset gate * hidden state
-  Number power[3 * kHidden];  // pre-activations of reset gates, update gates, candidates; then e^-x, e^-x, e^-2x of them
-  Number *const hidden = input, *const feature = hidden + kHidden, *const reset = feature + V::features;
+  Number power[3 * kHidden];  // pre-activations of reset gates, update gates, candidates; then of the latter e^-x, e^-2x
+
+  // Parts of `input`. Functions: a pointer to its own arrays would keep the object out of registers.
+  LOPT_HD Number& hidden(int i) { return input[i]; }
+  LOPT_HD Number& feature(int i) { return input[kHidden + i]; }
+  LOPT_HD Number& reset(int i) { return input[kHidden + V::features + i]; }
 
   LOPT_HD Step(const Weights<Real>& w, const Injected<Real>& tensor, Io& io) : w(w), tensor(tensor), io(io) {}
 
   static LOPT_HD Number bounded_exp2(const Number& x) { return M::exp2(M::min(x, kLargest)); }
+  // 1 + 2^x to divide by
+  static LOPT_HD Number sigmoid_denominator(const Number& x) {
+    return (M::divides_by_infinity ? M::exp2(x) : bounded_exp2(x)) + 1;
+  }
 
   // Moving averages of the gradient and of their squares, and the features made of them. Both decays are read out of the
   // hidden state that the last step left.
   LOPT_HD void features() {
     Number grad_decay = w.decay_bias[kGrad], scale_decay = w.decay_bias[kScale];
     LOPT_LOOP for (int i = 0; i < kHidden; i++) {
-      const Number h = hidden[i] = io.hidden(i);
+      const Number h = hidden(i) = io.hidden(i);
       grad_decay = M::fma(h, w.decay[i][kGrad], grad_decay);
       scale_decay = M::fma(h, w.decay[i][kScale], scale_decay);
     }
-    grad_decay = tensor.started ? M::ratio(1, bounded_exp2(grad_decay) + 1) : Number(0);
-    scale_decay = tensor.started ? M::ratio(1, bounded_exp2(scale_decay) + 1) : Number(0);
+    grad_decay = tensor.started ? M::ratio(1, sigmoid_denominator(grad_decay)) : Number(0);
+    scale_decay = tensor.started ? M::ratio(1, sigmoid_denominator(scale_decay)) : Number(0);
 
     const Number grad = io.grad();
     Number log_ms[kTimescales];
@@ -124,19 +152,19 @@ struct Step {
       const Number ms = M::fma(keep, io.ms(s), (1 - keep) * M::fma(accum, accum, w.ms_eps));
       io.put_ms(s, ms);
       log_ms[s] = ms + w.rms_eps;
-      feature[kScaled + s] = accum * M::rsqrt(log_ms[s]);
+      feature(kScaled + s) = accum * M::rsqrt(log_ms[s]);
     }
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
       log_ms[s] = M::log(log_ms[s]);
-      feature[kScaled + s] = M::asinh(feature[kScaled + s]);
+      feature(kScaled + s) = M::asinh(feature(kScaled + s));
     }
     LOPT_LOOP for (int s = 0; s + 1 < kTimescales; s++) {
-      feature[kLogMs + s] = log_ms[s] - log_ms[kTimescales - 1];
-      if constexpr (V::products) feature[kProducts + s] = feature[kScaled + s] * feature[kScaled + s + 1];
+      feature(kLogMs + s) = log_ms[s] - log_ms[kTimescales - 1];
+      if constexpr (V::products) feature(kProducts + s) = feature(kScaled + s) * feature(kScaled + s + 1);
     }
     log_lr = io.log_lr();
-    feature[kRelativeLogLr] = log_lr - tensor.relative_to;
-    LOPT_LOOP for (int i = 0; i < V::features; i++) io.put_feature(i, feature[i]);
+    feature(kRelativeLogLr) = log_lr - tensor.relative_to;
+    LOPT_LOOP for (int i = 0; i < V::features; i++) io.put_feature(i, feature(i));
   }
 
   // out = bias + from @ weights, five columns.
@@ -150,22 +178,22 @@ struct Step {
   }
 
   LOPT_HD void gates() {
-    LOPT_LOOP for (int k = 0; k < 2 * kGroups; k++) affine(w.gru[k], tensor.bias[k], hidden, power + k * kColumns);
-    LOPT_LOOP for (int i = 0; i < 2 * kHidden; i++) power[i] = bounded_exp2(power[i]);
-    LOPT_LOOP for (int i = 0; i < kHidden; i++) reset[i] = M::ratio(hidden[i], power[i] + 1);
+    LOPT_LOOP for (int k = 0; k < 2 * kGroups; k++) affine(w.gru[k], tensor.bias[k], input, power + k * kColumns);
+    LOPT_LOOP for (int i = 0; i < kHidden; i++) reset(i) = M::ratio(hidden(i), sigmoid_denominator(power[i]));
+    LOPT_LOOP for (int i = kHidden; i < 2 * kHidden; i++) power[i] = bounded_exp2(power[i]);
   }
 
   // Candidate, new state and what is read out of it: direction, log lr and update.
   LOPT_HD void state() {
-    LOPT_LOOP for (int k = 2 * kGroups; k < 3 * kGroups; k++) affine(w.gru[k], tensor.bias[k], feature, power + k * kColumns);
+    LOPT_LOOP for (int k = 2 * kGroups; k < 3 * kGroups; k++) affine(w.gru[k], tensor.bias[k], input + kHidden, power + k * kColumns);
     LOPT_LOOP for (int i = 2 * kHidden; i < 3 * kHidden; i++) power[i] = bounded_exp2(power[i]);
     Number direction = 0, attention = 0, log_step = log_lr + w.log_lr_bias;
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
-      direction = M::fma(feature[kScaled + s], w.direction_shortcut[s], direction);
-      if constexpr (V::attention) attention = M::fma(feature[kScaled + s], w.attention_shortcut[s], attention);
+      direction = M::fma(feature(kScaled + s), w.direction_shortcut[s], direction);
+      if constexpr (V::attention) attention = M::fma(feature(kScaled + s), w.attention_shortcut[s], attention);
     }
     LOPT_LOOP for (int i = 0; i < kHidden; i++) {
-      const Number old = hidden[i], e = power[kHidden + i], above = e + 1, c = power[2 * kHidden + i];
+      const Number old = hidden(i), e = power[kHidden + i], above = e + 1, c = power[2 * kHidden + i];
       const Number h = M::ratio(M::fma(c, old - e, old + e), M::fma(c, above, above));
       io.put_hidden(i, h);
       direction = M::fma(h, w.direction[i], direction);

@@ -24,6 +24,8 @@ Tests: tests/kernels/test_hrnn.py. Registers and instructions: `python -m lopt.b
 import triton
 import triton.language as tl
 
+from lopt.backends.gpu import AdvanceColumn, ApplyColumn, SummaryColumn
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -60,45 +62,38 @@ STARTED = tl.constexpr(33)  # 0 in the first step, whose decays are 0
 KEEP = tl.constexpr(36)  # [TIMESCALES] 0 where the mean squares are zero throughout: no past to average with
 SHARED = tl.constexpr(40)
 
-# Columns of the table of prepare and advance.
-GRAD = tl.constexpr(0)
-GRAD_KIND = tl.constexpr(1)
-SIGN = tl.constexpr(2)  # -1 climbs
-HIDDEN_STATE = tl.constexpr(3)
-ACCUM = tl.constexpr(4)
-MS = tl.constexpr(5)
-LOG_LR = tl.constexpr(6)
-STEP = tl.constexpr(7)
-TENSOR_HIDDEN = tl.constexpr(8)
-LOG_LR_MEAN = tl.constexpr(9)
-SIZE = tl.constexpr(10)  # parameters here
-NUMEL = tl.constexpr(11)  # parameters of the whole tensor, of which this may be a shard
-OFFSET = tl.constexpr(12)  # of the tensor in `update`
-CHUNK_FIRST = tl.constexpr(13)
-CHUNK_COUNT = tl.constexpr(14)
-CHUNK_SIZE = tl.constexpr(15)  # parameters
-ADVANCE_COLUMNS = tl.constexpr(16)
-
-# Columns of the table of summarise.
-SUMMARY_TENSOR_HIDDEN = tl.constexpr(0)
-SUMMARY_LOG_LR_MEAN = tl.constexpr(1)
-SUMMARY_STEP = tl.constexpr(2)
-SUMMARY_NUMEL = tl.constexpr(3)
-SUMMARY_COLUMNS = tl.constexpr(4)
-
-# Columns of the table of apply.
-PARAM = tl.constexpr(0)
-PARAM_KIND = tl.constexpr(1)
-TRUE_PARAM = tl.constexpr(2)
-PARAM_LOG_LR_MEAN = tl.constexpr(3)
-PARAM_SIZE = tl.constexpr(4)
-PARAM_OFFSET = tl.constexpr(5)
-PARAM_CHUNK_FIRST = tl.constexpr(6)
-PARAM_CHUNK_SIZE = tl.constexpr(7)
-LR = tl.constexpr(8)  # bits of a float64, or with LR_KIND >= 0 the address of a scalar
-LR_KIND = tl.constexpr(9)
-WEIGHT_DECAY = tl.constexpr(10)  # bits of a float64
-APPLY_COLUMNS = tl.constexpr(11)
+# Columns of the tables, see lopt/backends/gpu.py.
+GRAD = tl.constexpr(AdvanceColumn.GRAD.value)
+GRAD_KIND = tl.constexpr(AdvanceColumn.GRAD_DTYPE.value)
+SIGN = tl.constexpr(AdvanceColumn.SIGN.value)
+HIDDEN_STATE = tl.constexpr(AdvanceColumn.HIDDEN.value)
+ACCUM = tl.constexpr(AdvanceColumn.ACCUM.value)
+MS = tl.constexpr(AdvanceColumn.MS.value)
+LOG_LR = tl.constexpr(AdvanceColumn.LOG_LR.value)
+STEP = tl.constexpr(AdvanceColumn.STEP.value)
+TENSOR_HIDDEN = tl.constexpr(AdvanceColumn.TENSOR_HIDDEN.value)
+LOG_LR_MEAN = tl.constexpr(AdvanceColumn.LOG_LR_MEAN.value)
+SIZE = tl.constexpr(AdvanceColumn.SIZE.value)
+NUMEL = tl.constexpr(AdvanceColumn.NUMEL.value)
+OFFSET = tl.constexpr(AdvanceColumn.OFFSET.value)
+CHUNK_FIRST = tl.constexpr(AdvanceColumn.CHUNK_FIRST.value)
+CHUNK_COUNT = tl.constexpr(AdvanceColumn.CHUNK_COUNT.value)
+CHUNK_SIZE = tl.constexpr(AdvanceColumn.CHUNK_SIZE.value)
+SUMMARY_TENSOR_HIDDEN = tl.constexpr(SummaryColumn.TENSOR_HIDDEN.value)
+SUMMARY_LOG_LR_MEAN = tl.constexpr(SummaryColumn.LOG_LR_MEAN.value)
+SUMMARY_STEP = tl.constexpr(SummaryColumn.STEP.value)
+SUMMARY_NUMEL = tl.constexpr(SummaryColumn.NUMEL.value)
+PARAM = tl.constexpr(ApplyColumn.PARAM.value)
+PARAM_KIND = tl.constexpr(ApplyColumn.PARAM_DTYPE.value)
+TRUE_PARAM = tl.constexpr(ApplyColumn.TRUE_PARAM.value)
+PARAM_LOG_LR_MEAN = tl.constexpr(ApplyColumn.LOG_LR_MEAN.value)
+PARAM_SIZE = tl.constexpr(ApplyColumn.SIZE.value)
+PARAM_OFFSET = tl.constexpr(ApplyColumn.OFFSET.value)
+PARAM_CHUNK_FIRST = tl.constexpr(ApplyColumn.CHUNK_FIRST.value)
+PARAM_CHUNK_SIZE = tl.constexpr(ApplyColumn.CHUNK_SIZE.value)
+LR = tl.constexpr(ApplyColumn.LR.value)
+LR_KIND = tl.constexpr(ApplyColumn.LR_DTYPE.value)
+WEIGHT_DECAY = tl.constexpr(ApplyColumn.WEIGHT_DECAY.value)
 
 # Kinds of floating numbers.
 FLOAT32 = tl.constexpr(0)
@@ -318,7 +313,7 @@ def prepare(
 ):
     """Programs below `tensors` each serve a tensor; the others each look at the gradients of a chunk.
 
-    table: int64 [ADVANCE_COLUMNS, tensors]. chunks: int32 [chunks], each one's tensor.
+    table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
     bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
@@ -666,7 +661,7 @@ def advance(
 ):
     """A program per chunk.
 
-    table: int64 [ADVANCE_COLUMNS, tensors]. chunks: int32 [chunks], each one's tensor.
+    table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     weights: [WEIGHTS]. shared: [tensors, SHARED] of `prepare`. skip: [] other than 0: nothing is changed.
     update, attention_update: [n] of all tensors, written. partials: [chunks, PARTIALS], tickets: int32 [tensors], zero
     before and after. sums: [tensors, columns], written.
@@ -794,7 +789,7 @@ def summarise(
 ):
     """A program per tensor.
 
-    table: int64 [SUMMARY_COLUMNS, tensors]. sums: [tensors, COLUMNS], SQUARES of which is the direction's.
+    table: int64 [columns, tensors]. sums: [tensors, COLUMNS], SQUARES of which is the direction's.
     levels: weights of the tensor GRU, then of the global one. skip: [] other than 0: nothing is changed.
     scale: [tensors, 1 + ATTENTION], written. scratch: [tensors, 2, WIDTH]. ticket: int32 [], zero before and after.
     LAST: the global GRU reads the last tensor's state instead of the mean over the tensors.
@@ -884,7 +879,7 @@ def apply(
 ):
     """A program per chunk: p - min(1, lr * weight_decay * mean learned rate) * p - lr * scale * update.
 
-    table: int64 [APPLY_COLUMNS, tensors]. chunks: int32 [chunks], each one's tensor.
+    table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     update, attention_update, scale: of the kernels before. skip: [] other than 0: nothing is changed.
     With ATTENTION that is done to true_param, and the parameter becomes the point at which to take the next gradient.
     """

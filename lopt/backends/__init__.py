@@ -21,16 +21,16 @@ class Backend(NamedTuple):
     """One line of the table.
 
     Attributes:
-        module: its Python module, None where this version of lopt has none.
+        module: its Python module.
         device: type of the tensors it runs on, "*" for all.
     """
 
-    module: str | None
+    module: str
     device: str
 
 
 BACKENDS = {
-    "cuda": Backend(None, "cuda"),
+    "cuda": Backend("lopt.backends.cuda", "cuda"),
     "triton": Backend("lopt.backends.triton", "cuda"),
     "cpu": Backend("lopt.backends.cpu", "cpu"),
     "reference": Backend("lopt.backends.reference", "*"),
@@ -41,15 +41,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # then they run, slowly, on the C
 
 
 def _module(name: str) -> ModuleType:
-    module = BACKENDS[name].module
-    assert module is not None
-    return importlib.import_module(module)
+    return importlib.import_module(BACKENDS[name].module)
 
 
 def unusable(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None."""
-    if BACKENDS[name].module is None:
-        return "this version of lopt has no kernels for it"
     return _module(name).unusable()
 
 
@@ -77,7 +73,7 @@ def choose(
         device: of the parameters.
         config: architecture of the optimizer.
         requested: the name of a backend that has to be it, or None: the fastest usable.
-        state_format: one of `lopt.state.STATE_FORMATS`.
+        state_format: one of `lopt.state.FORMATS`.
 
     Raises:
         ValueError: there is no backend of the requested name.

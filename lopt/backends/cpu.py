@@ -20,22 +20,13 @@ import torch
 from torch import Tensor
 
 from lopt import native
-from lopt.backends import ops
+from lopt.backends import coverage, ops
+from lopt.backends.coverage import DTYPES
 from lopt.backends.cpu_flat import advance_flat as advance_flat
 from lopt.config import FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, HRNNConfig
 from lopt.metaparams import MetaParams
 from lopt.state import strides
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Dtype in csrc/hrnn.h
-NEEDED = {
-    "timescales": 4,
-    "log_ms_features": True,
-    "extreme_indicator": False,
-    "lr_shortcut": False,
-    "multiple_scale_decays": False,
-    "dynamic_output_scale": True,
-}  # what the kernels are written for; other options may have any value
-HIDDEN_SIZE = 10
 STATE_FORMATS = ("float32", "compact")
 
 _address = Tensor.data_ptr
@@ -55,16 +46,7 @@ def unusable() -> str | None:
 
 def unsupported(config: HRNNConfig) -> str | None:
     """Why this backend cannot run a configuration; None: it can."""
-    obstacles = [
-        f"{name}={getattr(config, name)!r} instead of {value!r}"
-        for name, value in NEEDED.items()
-        if getattr(config, name) != value
-    ]
-    if config.hidden_size != HIDDEN_SIZE:
-        obstacles.insert(0, f"level_sizes[0]={config.hidden_size} instead of {HIDDEN_SIZE}")
-    if config.relative_log_lr is None:
-        obstacles.append("relative_log_lr=None instead of 'problem' or 'tensor'")
-    return f"its kernels do not do {', '.join(obstacles)}" if obstacles else None
+    return coverage.unsupported(config)
 
 
 _packed: dict[int, tuple[weakref.ref[MetaParams], Any]] = {}
@@ -141,6 +123,7 @@ def advance(
     """Stage 1, per parameter; see `lopt.backends.reference.advance`."""
     if torch.compiler.is_compiling():
         ops.advance(
+            "cpu",
             meta,
             grads,
             hidden,
@@ -200,7 +183,9 @@ def summarise(
 ) -> None:
     """Stage 2, per tensor and once; see `lopt.backends.reference.summarise`."""
     if torch.compiler.is_compiling():
-        ops.summarise(meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale)
+        ops.summarise(
+            "cpu", meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale
+        )
         return
     native.load().summarise(
         _pack(meta),
@@ -231,6 +216,7 @@ def apply(
     """Stage 3, per parameter; see `lopt.backends.reference.apply`. As an operator it gets `lr` as one tensor."""
     if torch.compiler.is_compiling():
         ops.apply(
+            "cpu",
             meta,
             params,
             true_param,
@@ -261,7 +247,3 @@ def apply(
     for param, copy in zip(params, ordered, strict=True):
         if copy is not param:
             param.copy_(copy)
-
-
-if native.absent() is None:
-    ops.implement("CPU", advance=advance, summarise=summarise, apply=apply)

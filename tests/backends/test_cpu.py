@@ -1,5 +1,8 @@
 """The fused CPU kernels against the reference: error, coverage, layouts, threads, operators."""
 
+import functools
+import types
+
 import pytest
 import torch
 from torch import Tensor
@@ -204,19 +207,20 @@ def test_an_architecture_without_a_kernel_is_refused_by_name_and_falls_back_unas
 def test_operators_pass_opcheck():
     run = Run(cpu, make_meta(CONFIGS["attention"]), [5, 17])
     config, flat, skip = run.meta.config.to_json(), run.meta.flat(), torch.zeros(())
+    backend = "cpu"
     names = ("hidden", "accum", "ms", "log_lr", "step", "tensor_hidden")
     grads, rows = [torch.randn(5), torch.randn(17)], {name: run.rows(name) for name in (*names, "log_lr_mean")}
-    advance = (config, flat, grads, *(rows[name] for name in names), run.global_hidden, rows["log_lr_mean"])
+    advance = (backend, config, flat, grads, *(rows[name] for name in names), run.global_hidden, rows["log_lr_mean"])
     options = {"numel": [5, 17], "maximize": [False, True], "grad_scale": None, "skip": skip}
     buffers = {"update": run.updates[0].clone(), "attention_update": run.updates[1].clone(), "sums": run.sums}
     torch.library.opcheck(torch.ops.lopt.hrnn_advance.default, advance, options | buffers)
-    summarise = (config, flat, run.sums.zero_(), rows["tensor_hidden"], run.global_hidden, rows["log_lr_mean"])
+    summarise = (backend, config, flat, run.sums.zero_(), rows["tensor_hidden"], run.global_hidden, rows["log_lr_mean"])
     torch.library.opcheck(
         torch.ops.lopt.hrnn_summarise.default,
         (*summarise, rows["step"]),
         {"numel": [5, 17], "skip": skip, "scale": run.scale},
     )
-    apply = (config, flat, run.params, run.rows("true_param"), buffers["update"], buffers["attention_update"])
+    apply = (backend, config, flat, run.params, run.rows("true_param"), buffers["update"], buffers["attention_update"])
     torch.library.opcheck(
         torch.ops.lopt.hrnn_apply.default,
         (*apply, run.scale.zero_(), rows["log_lr_mean"]),
@@ -226,7 +230,10 @@ def test_operators_pass_opcheck():
 
 def test_operators_do_what_the_direct_calls_do():
     meta = make_meta(CONFIGS["paper"])
-    direct, through = Run(cpu, meta, [40, 3]), Run(ops, meta, [40, 3])
+    operators = types.SimpleNamespace(
+        **{stage: functools.partial(getattr(ops, stage), "cpu") for stage in ("advance", "summarise", "apply")}
+    )
+    direct, through = Run(cpu, meta, [40, 3]), Run(operators, meta, [40, 3])
     generator = torch.Generator().manual_seed(6)
     for _ in range(3):
         grads = [gradient(n, generator).float() for n in (40, 3)]

@@ -1,0 +1,614 @@
+// The blocks of the GPU kernels: what one block of threads does, for the GPU and, to check it there, for the host.
+//
+//     prepare     looks for non-finite gradients; per tensor: injected bias and what else the parameters of a tensor share
+//     advance     per parameter, by hrnn_step.h; the last chunk of a tensor to finish adds up the tensor's sums
+//     summarise   per tensor: GRU over the means; the last tensor to finish runs the global GRU
+//     apply       per parameter: move, decay the weights
+//
+// Cut: every tensor into chunks of a few tiles, a block per chunk (per tensor in `summarise`). In a tile each thread has kPack
+//   neighbouring parameters if the tensor's size is a multiple of 4 and its state aligned: 16-byte loads and stores. Otherwise
+//   it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the cache.
+// Memory, in bytes per parameter with a float gradient and parameter: prepare 4 (the gradient), advance 160 (gradient 4, state
+//   in and out 2 * 76, update 4), apply 12. Meta-parameters are in shared memory and read four at a time, as broadcasts.
+// Sums over a tensor are of partial sums per chunk, in the order of the chunks: two runs are bitwise equal.
+//
+// Registers and instructions: `python -m lopt.bench.sass`. Tests: tests/backends/test_cuda.py, tests/kernels/test_hrnn.py.
+#pragma once
+
+#include <cstddef>
+
+#include "gpu_math.h"
+#include "hrnn_cuda.h"
+
+namespace lopt::LOPT_ISA {
+
+using gpu::AdvanceColumn;
+using gpu::ApplyColumn;
+using gpu::Dtype;
+using gpu::SummaryColumn;
+
+#ifndef LOPT_GPU_PACK
+#define LOPT_GPU_PACK 4
+#endif
+constexpr int kPack = LOPT_GPU_PACK;  // parameters of a thread in a tile
+constexpr int kAligned = 4 * kPack;   // bytes that it reads at a time
+constexpr int kAdvanceThreads = 128;  // of a block
+constexpr int kAdvanceBlocks = kPack == 4 ? 2 : 3;  // of a multiprocessor, at least: as many as registers allow without spills
+constexpr int kStreamThreads = 256;  // of the kernels that only pass over memory
+constexpr int kSummaryThreads = 256;
+constexpr int kSums = kHidden + kFeatures + 3;  // in the order of `Io`
+
+// A block of threads. `each` calls f(thread) for all of them and then waits for all: on a GPU every thread calls it once, on
+// the host a loop does. What one call leaves to the next is in memory that the threads share.
+template <int threads_>
+struct Block {
+  static constexpr int threads = threads_;
+  int index;
+
+  template <class Function>
+  LOPT_HD void each(Function f) const {
+#ifdef __CUDA_ARCH__
+    f(int(threadIdx.x));
+    __syncthreads();
+#else
+    for (int thread = 0; thread < threads; thread++) f(thread);
+#endif
+  }
+};
+
+// Whether all other of `count` blocks have drawn a ticket; what they wrote before is then visible to `load_fresh`.
+template <class B>
+LOPT_HD bool last_to_finish(const B& block, int32_t* ticket, int64_t count, bool& last) {
+  block.each([&](int thread) {
+    if (thread != 0) return;
+#ifdef __CUDA_ARCH__
+    __threadfence();
+    last = atomicAdd(ticket, 1) == count - 1;
+    __threadfence();
+#else
+    last = (*ticket)++ == count - 1;
+#endif
+    if (last) *ticket = 0;
+  });
+  return last;
+}
+
+// P neighbouring values in memory, read and written by one instruction.
+template <class T, int P>
+struct alignas(sizeof(T) * P) Neighbours {
+  T value[P];
+};
+
+// Accesses to device memory, and to what is touched once in a step and should not drive gradients and updates out of the
+// cache, and to what other blocks may have written within this launch.
+#ifdef __CUDA_ARCH__
+template <int bytes> struct Word;
+template <> struct Word<2> { using Type = unsigned short; };
+template <> struct Word<4> { using Type = unsigned int; };
+template <> struct Word<8> { using Type = uint2; };
+template <> struct Word<16> { using Type = uint4; };
+#define LOPT_LOAD(name, instruction)                                                                     \
+  template <class T>                                                                                     \
+  LOPT_HD T name(const T* from) {                                                                        \
+    const auto word = instruction(reinterpret_cast<const typename Word<sizeof(T)>::Type*>(from));        \
+    T value;                                                                                             \
+    std::memcpy(&value, &word, sizeof value);                                                            \
+    return value;                                                                                        \
+  }
+#define LOPT_STORE(name, instruction)                                                                    \
+  template <class T>                                                                                     \
+  LOPT_HD void name(T* to, const T& value) {                                                             \
+    typename Word<sizeof(T)>::Type word;                                                                 \
+    std::memcpy(&word, &value, sizeof value);                                                            \
+    instruction(reinterpret_cast<typename Word<sizeof(T)>::Type*>(to), word);                            \
+  }
+#else
+#define LOPT_LOAD(name, instruction) \
+  template <class T>                 \
+  LOPT_HD T name(const T* from) { return *from; }
+#define LOPT_STORE(name, instruction) \
+  template <class T>                  \
+  LOPT_HD void name(T* to, const T& value) { *to = value; }
+#endif
+LOPT_LOAD(load_global, __ldca)
+LOPT_LOAD(load_once, __ldcs)
+LOPT_LOAD(load_fresh, __ldcg)
+LOPT_STORE(store_global, __stwb)
+LOPT_STORE(store_once, __stcs)
+#undef LOPT_LOAD
+#undef LOPT_STORE
+
+LOPT_HD bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// One number of any dtype as float.
+LOPT_HD float load_any(Dtype dtype, const void* from, int64_t at) {
+  switch (dtype) {
+    case Dtype::f32: return load_global(static_cast<const float*>(from) + at);
+    case Dtype::f64: return float(load_global(static_cast<const double*>(from) + at));
+    case Dtype::bf16: return from_bf16(load_global(static_cast<const uint16_t*>(from) + at));
+    default: return from_f16(load_global(static_cast<const uint16_t*>(from) + at));
+  }
+}
+
+LOPT_HD void store_any(Dtype dtype, void* to, int64_t at, float value) {
+  switch (dtype) {
+    case Dtype::f32: return store_global(static_cast<float*>(to) + at, value);
+    case Dtype::f64: return store_global(static_cast<double*>(to) + at, double(value));
+    case Dtype::bf16: return store_global(static_cast<uint16_t*>(to) + at, to_bf16(value));
+    default: return store_global(static_cast<uint16_t*>(to) + at, to_f16(value));
+  }
+}
+
+// P neighbouring numbers, in one access where they are aligned.
+template <int P>
+LOPT_HD Pack<float, P> load_pack(Dtype dtype, const void* from, int64_t at) {
+  Pack<float, P> value;
+  const float* const floats = static_cast<const float*>(from) + at;
+  const uint16_t* const halves = static_cast<const uint16_t*>(from) + at;
+  if (dtype == Dtype::f32 && aligned(floats, 4 * P)) {
+    const auto all = load_global(reinterpret_cast<const Neighbours<float, P>*>(floats));
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = all.value[p];
+  } else if (P > 1 && (dtype == Dtype::bf16 || dtype == Dtype::f16) && aligned(halves, 2 * P)) {
+    const auto all = load_global(reinterpret_cast<const Neighbours<uint16_t, P>*>(halves));
+    LOPT_UNROLL for (int p = 0; p < P; p++)
+      value.part[p] = dtype == Dtype::bf16 ? from_bf16(all.value[p]) : from_f16(all.value[p]);
+  } else {
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = load_any(dtype, from, at + p);
+  }
+  return value;
+}
+
+template <int P>
+LOPT_HD void store_pack(Dtype dtype, void* to, int64_t at, const Pack<float, P>& value) {
+  float* const floats = static_cast<float*>(to) + at;
+  uint16_t* const halves = static_cast<uint16_t*>(to) + at;
+  if (dtype == Dtype::f32 && aligned(floats, 4 * P)) {
+    Neighbours<float, P> all;
+    LOPT_UNROLL for (int p = 0; p < P; p++) all.value[p] = value.part[p];
+    store_global(reinterpret_cast<Neighbours<float, P>*>(floats), all);
+  } else if (P > 1 && (dtype == Dtype::bf16 || dtype == Dtype::f16) && aligned(halves, 2 * P)) {
+    Neighbours<uint16_t, P> all;
+    LOPT_UNROLL for (int p = 0; p < P; p++) all.value[p] = dtype == Dtype::bf16 ? to_bf16(value.part[p]) : to_f16(value.part[p]);
+    store_global(reinterpret_cast<Neighbours<uint16_t, P>*>(halves), all);
+  } else {
+    LOPT_UNROLL for (int p = 0; p < P; p++) store_any(dtype, to, at + p, value.part[p]);
+  }
+}
+
+// A row of a table.
+struct Row {
+  const int64_t* table;
+  int tensors, tensor;
+  LOPT_HD int64_t number(int column) const { return table[int64_t(column) * tensors + tensor]; }
+  template <class T>
+  LOPT_HD T* address(int column) const { return reinterpret_cast<T*>(number(column)); }
+  LOPT_HD double real(int column) const {
+    const int64_t bits = number(column);
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+// Parameters [begin, end) of a tensor.
+struct Range {
+  int64_t begin, end;
+};
+
+template <class Column>
+LOPT_HD Range chunk_range(const Row& row, int chunk) {
+  const int64_t size = row.number(Column::CHUNK_SIZE), begin = (chunk - row.number(Column::CHUNK_FIRST)) * size;
+  const int64_t n = row.number(Column::SIZE), end = begin + size;
+  return {begin, end < n ? end : n};
+}
+
+LOPT_HD float gradient_factor(const gpu::Advance& args, const Row& row) {
+  const float sign = row.number(AdvanceColumn::SIGN);
+  return args.grad_scale ? sign * (1 / *args.grad_scale) : sign;
+}
+
+// ---------------------------------------------------------------- prepare
+
+struct PrepareShared {
+  double weighted[kStreamThreads], numel[kStreamThreads];
+  int past;
+};
+
+// sum + column j of x [inputs] @ weight [inputs, outputs]
+LOPT_HD float add_column(float sum, const float* x, const float* weight, int inputs, int outputs, int j) {
+  for (int i = 0; i < inputs; i++) sum = fmaf(x[i], weight[int64_t(i) * outputs + j], sum);
+  return sum;
+}
+
+// A tensor's row of `injected`, from the tensor and global states before the step.
+template <class B>
+LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shared) {
+  const Row row{args.table, args.tensors, block.index};
+  Injected<float>& injected = reinterpret_cast<Injected<float>*>(args.injected)[block.index];
+  block.each([&](int thread) {
+    if (thread < gpu::kOutputs) {
+      const float* q = row.address<const float>(AdvanceColumn::TENSOR_HIDDEN);
+      float sum = add_column(args.bias[thread], q, args.from_tensor, args.tensor_size, gpu::kOutputs, thread);
+      sum = add_column(sum, args.global_hidden, args.from_global, args.global_size, gpu::kOutputs, thread);
+      injected.bias[thread / kColumns][thread % kColumns] = sum;
+    }
+    double weighted = 0, numel = 0;
+    if (args.relative_to_problem)
+      for (int i = thread; i < args.tensors; i += B::threads) {
+        const Row other{args.table, args.tensors, i};
+        const double count = other.number(AdvanceColumn::NUMEL);
+        weighted += count * *other.address<const float>(AdvanceColumn::LOG_LR_MEAN);
+        numel += count;
+      }
+    shared.weighted[thread] = weighted;
+    shared.numel[thread] = numel;
+  });
+  for (int half = B::threads / 2; half > 0; half /= 2)
+    block.each([&](int thread) {
+      if (thread >= half) return;
+      shared.weighted[thread] += shared.weighted[thread + half];
+      shared.numel[thread] += shared.numel[thread + half];
+    });
+  const bool started = *row.address<const float>(AdvanceColumn::STEP) > 0;
+  const int64_t n = row.number(AdvanceColumn::SIZE);
+  bool keeps_all = true;
+  for (int s = 0; s < kTimescales; s++) {
+    const float* ms = row.address<const float>(AdvanceColumn::MS) + s * n;
+    bool keeps = false;
+    for (int64_t begin = 0; started && !keeps && begin < n; begin += B::threads) {  // as a rule, the first value decides
+      block.each([&](int thread) {
+        if (thread == 0) shared.past = 0;
+      });
+      block.each([&](int thread) {
+        if (begin + thread < n && ms[begin + thread] != 0) shared.past = 1;  // all who write, write the same
+      });
+      keeps = shared.past;
+      block.each([](int) {});  // all have read it
+    }
+    keeps_all &= keeps || !started;
+    block.each([&](int thread) {
+      if (thread == 0) injected.keep_ms[s] = keeps;
+    });
+  }
+  block.each([&](int thread) {
+    if (thread != 0) return;
+    injected.keeps_all = keeps_all;
+    injected.started = started;
+    injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0]
+                                                    : *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
+  });
+}
+
+// Blocks below `tensors` each serve a tensor; the others each look at the gradients of a chunk.
+template <class B>
+LOPT_HD void prepare(const B& block, const gpu::Advance& args, PrepareShared& shared) {
+  if (block.index < args.tensors) return share(block, args, shared);
+  const int chunk = block.index - args.tensors;
+  const Row row{args.table, args.tensors, args.chunks[chunk]};
+  const Range range = chunk_range<AdvanceColumn>(row, chunk);
+  const void* grad = row.address<const void>(AdvanceColumn::GRAD);
+  const Dtype dtype = Dtype(row.number(AdvanceColumn::GRAD_DTYPE));
+  const float factor = gradient_factor(args, row), limit = args.gradient_limit;
+  block.each([&](int thread) {
+    bool within = true;
+    const auto look = [&](float value) { within &= fabsf(value * factor) <= limit; };  // false for NaN
+    int64_t at = range.begin + 4 * thread;
+#ifdef __CUDA_ARCH__
+#pragma unroll 4
+#endif
+    for (; at + 4 <= range.end; at += 4 * B::threads) {
+      const Pack<float, 4> four = load_pack<4>(dtype, grad, at);
+      LOPT_UNROLL for (int p = 0; p < 4; p++) look(four.part[p]);
+    }
+    for (; at < range.end; at++) look(load_any(dtype, grad, at));  // of one thread
+    if (!within && *args.skip == 0) *args.skip = 1;  // all who write, write the same
+  });
+}
+
+// ---------------------------------------------------------------- advance
+
+template <class V>
+struct AdvanceShared {
+  Weights<float> weights;
+  Injected<float> injected;
+  float sums[kSums][kAdvanceThreads];
+  float parts[kSums][4], totals[kSums];
+  double rows[kAdvanceThreads / 8][gpu::kPartials];
+  bool last;
+};
+
+struct Tensor {
+  const void* grad;
+  Dtype dtype;
+  float factor;
+  float *hidden, *accum, *ms, *log_lr, *update, *attention_update;
+  int64_t n;
+};
+
+// Input and output of P neighbouring parameters from `at` on. All is read at once: the loads are under way together.
+template <int P>
+struct Io {
+  using Number = Pack<float, P>;
+  const Tensor& t;
+  int64_t at;
+  float (&sums)[kSums];
+  Number old_grad, old_hidden[kHidden], old_accum[kTimescales], old_ms[kTimescales], old_log_lr;
+
+  LOPT_HD Io(const Tensor& t, int64_t at, float (&sums)[kSums]) : t(t), at(at), sums(sums) {
+    old_grad = load_pack<P>(t.dtype, t.grad, at) * t.factor;
+    LOPT_UNROLL for (int i = 0; i < kHidden; i++) old_hidden[i] = read(t.hidden + i * t.n);
+    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_accum[s] = read(t.accum + s * t.n);
+    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_ms[s] = read(t.ms + s * t.n);
+    old_log_lr = read(t.log_lr);
+  }
+
+  LOPT_HD Number read(const float* from) const {
+    const auto all = load_once(reinterpret_cast<const Neighbours<float, P>*>(from + at));
+    Number value;
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = all.value[p];
+    return value;
+  }
+  LOPT_HD void write(float* to, const Number& value) const {
+    Neighbours<float, P> all;
+    LOPT_UNROLL for (int p = 0; p < P; p++) all.value[p] = value.part[p];
+    store_once(reinterpret_cast<Neighbours<float, P>*>(to + at), all);
+  }
+  LOPT_HD void add(int sum, const Number& value) const {
+    float total = value.part[0];
+    LOPT_UNROLL for (int p = 1; p < P; p++) total += value.part[p];
+    sums[sum] += total;
+  }
+
+  LOPT_HD Number grad() const { return old_grad; }
+  LOPT_HD Number log_lr() const { return old_log_lr; }
+  LOPT_HD Number hidden(int i) const { return old_hidden[i]; }
+  LOPT_HD Number accum(int s) const { return old_accum[s]; }
+  LOPT_HD Number ms(int s) const { return old_ms[s]; }
+
+  LOPT_HD void put_hidden(int i, const Number& value) { write(t.hidden + i * t.n, value), add(i, value); }
+  LOPT_HD void put_accum(int s, const Number& value) { write(t.accum + s * t.n, value); }
+  LOPT_HD void put_ms(int s, const Number& value) { write(t.ms + s * t.n, value); }
+  LOPT_HD void put_feature(int i, const Number& value) { add(kHidden + i, value); }
+  LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, value), add(kHidden + kFeatures + 1, value); }
+  LOPT_HD void put_update(const Number& direction, const Number& update) {
+    store_pack(Dtype::f32, t.update, at, update), add(kHidden + kFeatures, direction * direction);
+  }
+  LOPT_HD void put_attention(const Number& direction, const Number& update) {
+    store_pack(Dtype::f32, t.attention_update, at, update), add(kHidden + kFeatures + 2, direction * direction);
+  }
+};
+
+template <class V, int P, int threads>
+LOPT_HD void advance_tiles(const AdvanceShared<V>& shared, const Tensor& tensor, const Range& range, int thread, float (&sums)[kSums]) {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (int64_t at = range.begin + P * thread; at < range.end; at += P * threads) {
+    Io<P> io(tensor, at, sums);
+    Step<Pack<float, P>, V, Io<P>>(shared.weights, shared.injected, io).advance();
+  }
+}
+
+// Column `j` of the sums table from the sums in the order of `Io`: hidden | features | direction^2 | log lr (| attention
+// direction^2), the log mean squares relative to their mean instead of to the last one's.
+LOPT_HD float column_of(const float* sums, int j, bool products) {
+  const int log_ms = kHidden + kScaled + kTimescales + (products ? kTimescales - 1 : 0);
+  if (j < kHidden + kTimescales) return sums[j];
+  if (j < log_ms) return sums[kHidden + kProducts + j - kHidden - kTimescales];
+  if (j < log_ms + kTimescales) {
+    const float* relative = sums + kHidden + kLogMs;
+    float mean = 0;
+    LOPT_UNROLL for (int s = 0; s + 1 < kTimescales; s++) mean += relative[s] / kTimescales;
+    return (j + 1 < log_ms + kTimescales ? relative[j - log_ms] : 0.f) - mean;
+  }
+  return j == log_ms + kTimescales ? sums[kHidden + kRelativeLogLr] : sums[kHidden + kFeatures + j - log_ms - kTimescales - 1];
+}
+
+template <class V, class B>
+LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>& shared) {
+  if (*args.skip != 0) return;
+  const int chunk = args.chunk_count - 1 - block.index, index = args.chunks[chunk];
+  const Row row{args.table, args.tensors, index};
+  const int64_t offset = row.number(AdvanceColumn::OFFSET);
+  const Tensor tensor{row.address<const void>(AdvanceColumn::GRAD), Dtype(row.number(AdvanceColumn::GRAD_DTYPE)),
+                      gradient_factor(args, row), row.address<float>(AdvanceColumn::HIDDEN),
+                      row.address<float>(AdvanceColumn::ACCUM), row.address<float>(AdvanceColumn::MS),
+                      row.address<float>(AdvanceColumn::LOG_LR), args.update + offset, args.attention_update + offset,
+                      row.number(AdvanceColumn::SIZE)};
+  const Range range = chunk_range<AdvanceColumn>(row, chunk);
+  const bool vector = tensor.n % kPack == 0 && aligned(tensor.hidden, kAligned) && aligned(tensor.accum, kAligned) &&
+                      aligned(tensor.ms, kAligned) && aligned(tensor.log_lr, kAligned);
+  block.each([&](int thread) {
+    float* const weights = reinterpret_cast<float*>(&shared.weights);
+    float* const injected = reinterpret_cast<float*>(&shared.injected);
+    constexpr int kWeights = sizeof(Weights<float>) / sizeof(float), kInjected = sizeof(Injected<float>) / sizeof(float);
+    for (int i = thread; i < kWeights; i += B::threads) weights[i] = args.weights[i];
+    for (int i = thread; i < kInjected; i += B::threads) injected[i] = args.injected[index * kInjected + i];
+  });
+  block.each([&](int thread) {
+    float sums[kSums] = {};
+    if (vector)
+      advance_tiles<V, kPack, B::threads>(shared, tensor, range, thread, sums);
+    else
+      advance_tiles<V, 1, B::threads>(shared, tensor, range, thread, sums);
+    LOPT_UNROLL for (int i = 0; i < kSums; i++) shared.sums[i][thread] = sums[i];
+  });
+  block.each([&](int thread) {
+    const int i = thread / 4, quarter = thread % 4;
+    if (i >= kSums) return;
+    float sum = 0;
+    LOPT_UNROLL for (int k = 0; k < B::threads; k += 4) sum += shared.sums[i][(k + quarter + 4 * i) % B::threads];  // by banks
+    shared.parts[i][quarter] = sum;
+  });
+  const int columns = kHidden + kFeatures + 3 + V::attention - (args.products ? 0 : kTimescales - 1);
+  block.each([&](int thread) {
+    if (thread >= kSums) return;
+    const float* part = shared.parts[thread];
+    shared.totals[thread] = (part[0] + part[1]) + (part[2] + part[3]);
+  });
+  block.each([&](int thread) {
+    if (thread >= gpu::kPartials) return;
+    args.partials[int64_t(chunk) * gpu::kPartials + thread] = thread < columns ? column_of(shared.totals, thread, args.products) : 0;
+  });
+  const int64_t count = row.number(AdvanceColumn::CHUNK_COUNT);
+  if (!last_to_finish(block, args.tickets + index, count, shared.last)) return;
+  const float* partials = args.partials + row.number(AdvanceColumn::CHUNK_FIRST) * gpu::kPartials;
+  block.each([&](int thread) {
+    const int lane = thread / 8, quad = thread % 8 * 4;
+    double sum[4] = {};
+#ifdef __CUDA_ARCH__
+#pragma unroll 4
+#endif
+    for (int64_t i = lane; i < count; i += B::threads / 8)
+      LOPT_UNROLL for (int k = 0; k < 4; k++) sum[k] += load_fresh(partials + i * gpu::kPartials + quad + k);
+    LOPT_UNROLL for (int k = 0; k < 4; k++) shared.rows[lane][quad + k] = sum[k];
+  });
+  block.each([&](int thread) {
+    if (thread >= columns) return;
+    double sum = 0;
+    for (int lane = 0; lane < B::threads / 8; lane++) sum += shared.rows[lane][thread];
+    args.sums[int64_t(index) * columns + thread] = sum;
+  });
+}
+
+// ---------------------------------------------------------------- summarise
+
+struct SummaryShared {
+  float x[gpu::kLargestLevel], h[gpu::kLargestLevel], gates[2 * gpu::kLargestLevel];
+  bool last;
+};
+
+// One row through a GRU: shared.h [size] from shared.x [inputs]. `weights`: gates, bias, candidate, bias and, if `above` > 0,
+// injection and bias, as in `MetaParams.flat`; `from_above` [above] is what is injected.
+template <class B>
+LOPT_HD void advance_gru(const B& block, SummaryShared& shared, const float* weights, const float* from_above, int inputs, int size,
+                         int above) {
+  const int rows = inputs + size;
+  const float *gates_bias = weights + rows * 2 * size, *candidate = gates_bias + 2 * size;
+  const float *candidate_bias = candidate + rows * size, *injection = candidate_bias + size;
+  const float* injection_bias = injection + above * 3 * size;
+  const auto start = [&](const float* bias, int j, int injected) {
+    return above ? add_column(bias[j] + injection_bias[injected], from_above, injection, above, 3 * size, injected) : bias[j];
+  };
+  block.each([&](int thread) {
+    for (int j = thread; j < 2 * size; j += B::threads) {
+      const float sum = add_column(start(gates_bias, j, j), shared.x, weights, inputs, 2 * size, j);
+      shared.gates[j] = 1 / (1 + expf(-add_column(sum, shared.h, weights + inputs * 2 * size, size, 2 * size, j)));
+    }
+  });
+  block.each([&](int thread) {
+    for (int j = thread; j < size; j += B::threads) shared.gates[j] *= shared.h[j];  // reset gate * state
+  });
+  block.each([&](int thread) {
+    for (int j = thread; j < size; j += B::threads) {
+      const float sum = add_column(start(candidate_bias, j, 2 * size + j), shared.x, candidate, inputs, size, j);
+      const float tanh = tanhf(add_column(sum, shared.gates, candidate + inputs * size, size, size, j));
+      shared.h[j] = shared.gates[size + j] * (shared.h[j] - tanh) + tanh;
+    }
+  });
+}
+
+template <class B>
+LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared& shared) {
+  if (*args.skip != 0) return;
+  const Row row{args.table, args.tensors, block.index};
+  const float numel = row.number(SummaryColumn::NUMEL);
+  const float* sums = args.sums + int64_t(block.index) * args.columns;
+  const int size = args.tensor_size, above = args.global_size;
+  float* const q = row.address<float>(SummaryColumn::TENSOR_HIDDEN);
+  block.each([&](int thread) {
+    if (thread <= args.attention) {
+      const float mean = sums[args.squares + 2 * thread] / numel;
+      args.scale[int64_t(block.index) * (1 + args.attention) + thread] = 1 / sqrtf(mean + args.direction_eps);
+    }
+    if (thread == 32) {
+      *row.address<float>(SummaryColumn::LOG_LR_MEAN) = sums[args.squares + 1] / numel;
+      *row.address<float>(SummaryColumn::STEP) += 1;
+    }
+    if (!size) return;
+    for (int i = thread; i < args.inputs; i += B::threads) shared.x[i] = sums[i] / numel;
+    for (int j = thread; j < size; j += B::threads) shared.h[j] = q[j];
+  });
+  if (!size) return;
+  advance_gru(block, shared, args.tensor_weights, args.global_hidden, args.inputs, size, above);
+  block.each([&](int thread) {
+    for (int j = thread; j < size; j += B::threads) q[j] = args.states[int64_t(block.index) * size + j] = shared.h[j];
+  });
+  if (!above || !last_to_finish(block, args.ticket, args.tensors, shared.last)) return;
+
+  // The mean over the tensors: several threads per unit, each of which adds every so many tensors.
+  const int begin = args.global_last ? args.tensors - 1 : 0, lanes = size < B::threads ? B::threads / size : 1;
+  block.each([&](int thread) {
+    for (int k = thread; k < lanes * size; k += B::threads) {
+      float sum = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 4
+#endif
+      for (int i = begin + k / size; i < args.tensors; i += lanes) sum += load_fresh(args.states + int64_t(i) * size + k % size);
+      shared.gates[k] = sum;
+    }
+  });
+  block.each([&](int thread) {
+    for (int j = thread; j < size; j += B::threads) {
+      float sum = 0;
+      for (int lane = 0; lane < lanes; lane++) sum += shared.gates[lane * size + j];
+      shared.x[j] = sum / (args.tensors - begin);
+    }
+    for (int j = thread; j < above; j += B::threads) shared.h[j] = args.global_hidden[j];
+  });
+  advance_gru(block, shared, args.global_weights, nullptr, size, above, 0);
+  block.each([&](int thread) {
+    for (int j = thread; j < above; j += B::threads) args.global_hidden[j] = shared.h[j];
+  });
+}
+
+// ---------------------------------------------------------------- apply
+
+// p - min(1, lr * weight_decay * mean learned rate) * p - lr * scale * update. With attention that is done to true_param, and
+// the parameter becomes the point at which to take the next gradient.
+template <bool attention, class B>
+LOPT_HD void apply(const B& block, const gpu::Apply& args) {
+  if (*args.skip != 0) return;
+  const int chunk = block.index, index = args.chunks[chunk];
+  const Row row{args.table, args.tensors, index};
+  const Range range = chunk_range<ApplyColumn>(row, chunk);
+  void* const param = row.address<void>(ApplyColumn::PARAM);
+  const Dtype dtype = Dtype(row.number(ApplyColumn::PARAM_DTYPE));
+  const int64_t lr_dtype = row.number(ApplyColumn::LR_DTYPE);
+  const float lr = lr_dtype < 0 ? float(row.real(ApplyColumn::LR))
+                                : load_any(Dtype(lr_dtype), row.address<const void>(ApplyColumn::LR), 0);
+  const float weight_decay = row.real(ApplyColumn::WEIGHT_DECAY);
+  const float learned = weight_decay > 0 ? expf(*row.address<const float>(ApplyColumn::LOG_LR_MEAN)) : 0.f;
+  const float decay = fminf(lr * weight_decay * learned, 1.f);
+  const float* const scale = args.scale + int64_t(index) * (1 + attention);
+  const float step = lr * scale[0], attention_step = lr * scale[attention];
+  const float* const update = args.update + row.number(ApplyColumn::OFFSET);
+  const float* const attention_update = attention ? args.attention_update + row.number(ApplyColumn::OFFSET) : nullptr;
+  float* const true_param = attention ? row.address<float>(ApplyColumn::TRUE_PARAM) : nullptr;
+
+  const auto move = [&](auto number, int64_t at) {
+    constexpr int P = decltype(number)::parts;
+    const auto moved = load_pack<P>(Dtype::f32, update, at) * step;
+    if constexpr (attention) {
+      const auto old = load_pack<P>(Dtype::f32, true_param, at), kept = old - old * decay;
+      store_pack(Dtype::f32, true_param, at, kept - moved);
+      store_pack(dtype, param, at, kept - load_pack<P>(Dtype::f32, attention_update, at) * attention_step);
+    } else if (dtype == Dtype::f64) {
+      double* const to = static_cast<double*>(param) + at;
+      LOPT_UNROLL for (int p = 0; p < P; p++) {
+        const double old = load_global(to + p);
+        store_global(to + p, (old - old * decay) - moved.part[p]);
+      }
+    } else {
+      const auto old = load_pack<P>(dtype, param, at);
+      store_pack(dtype, param, at, (old - old * decay) - moved);
+    }
+  };
+  block.each([&](int thread) {
+    int64_t at = range.begin + 4 * thread;
+    for (; at + 4 <= range.end; at += 4 * B::threads) move(Pack<float, 4>(), at);
+    for (; at < range.end; at++) move(Pack<float, 1>(), at);  // of one thread
+  });
+}
+
+}  // namespace lopt::LOPT_ISA
