@@ -307,6 +307,8 @@ static void gpu_advance(bool emulated, int64_t stream, const py::dict& values) {
   args.relative_to_problem = named.integer("relative_to_problem");
   args.attention = named.integer("attention");
   args.products = named.integer("products");
+  args.compact = named.integer("compact");
+  args.hidden_limit = float(named.real("hidden_limit"));
   args.gradient_limit = float(named.real("gradient_limit"));
   args.grad_scale = named.address<const float>("grad_scale");
   args.skip = named.address<float>("skip");

@@ -15,15 +15,18 @@ void run(Kernel kernel, int blocks, const Args& args) {
   for (int index = 0; index < blocks; index++) kernel(Block<threads>{index}, args, *shared);
 }
 
-template <class V>
+template <class V, bool compact>
 void run_advance(const gpu::Advance& args) {
   using B = Block<kAdvanceThreads>;
-  run<AdvanceShared<V>, B::threads>(advance<V, B>, args.chunk_count, args);
+  run<AdvanceShared<V>, B::threads>(advance<V, compact, B>, args.chunk_count, args);
 }
 
 const char* launch_advance(const gpu::Advance& args, void*) {
   run<PrepareShared, kStreamThreads>(prepare<Block<kStreamThreads>>, args.tensors + args.chunk_count, args);
-  args.attention ? run_advance<Variant<1, 1>>(args) : run_advance<Variant<0, 1>>(args);
+  static constexpr decltype(&run_advance<Variant<0, 1>, false>) kernels[2][2] = {
+      {run_advance<Variant<0, 1>, false>, run_advance<Variant<0, 1>, true>},
+      {run_advance<Variant<1, 1>, false>, run_advance<Variant<1, 1>, true>}};
+  kernels[args.attention][args.compact](args);
   return nullptr;
 }
 

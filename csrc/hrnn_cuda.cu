@@ -13,10 +13,10 @@ __global__ void __launch_bounds__(kStreamThreads) hrnn_prepare(const gpu::Advanc
   prepare(Block<kStreamThreads>{int(blockIdx.x)}, args, shared);
 }
 
-template <class V>
+template <class V, bool compact>
 __global__ void __launch_bounds__(kAdvanceThreads, kAdvanceBlocks) hrnn_advance(const gpu::Advance args) {
   __shared__ alignas(16) AdvanceShared<V> shared;
-  advance(Block<kAdvanceThreads>{int(blockIdx.x)}, args, shared);
+  advance<V, compact>(Block<kAdvanceThreads>{int(blockIdx.x)}, args, shared);
 }
 
 __global__ void __launch_bounds__(kSummaryThreads) hrnn_summarise(const gpu::Summarise args) {
@@ -39,8 +39,10 @@ const char* launch(void (*kernel)(Args), int blocks, int threads, const Args& ar
 
 const char* launch_advance(const gpu::Advance& args, void* stream) {
   if (const char* error = launch(hrnn_prepare, args.tensors + args.chunk_count, kStreamThreads, args, stream)) return error;
-  const auto kernel = args.attention ? hrnn_advance<Variant<1, 1>> : hrnn_advance<Variant<0, 1>>;
-  return launch(kernel, args.chunk_count, kAdvanceThreads, args, stream);
+  static constexpr decltype(&hrnn_advance<Variant<0, 1>, false>) kernels[2][2] = {
+      {hrnn_advance<Variant<0, 1>, false>, hrnn_advance<Variant<0, 1>, true>},
+      {hrnn_advance<Variant<1, 1>, false>, hrnn_advance<Variant<1, 1>, true>}};
+  return launch(kernels[args.attention][args.compact], args.chunk_count, kAdvanceThreads, args, stream);
 }
 
 const char* launch_summarise(const gpu::Summarise& args, void* stream) {

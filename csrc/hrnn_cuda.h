@@ -39,6 +39,8 @@ struct Advance {
   const float* global_hidden;  // [global_size]
   int tensor_size, global_size;
   bool relative_to_problem, attention, products;
+  bool compact;        // the format of the state
+  float hidden_limit;  // of the compact format
   float gradient_limit;
   const float* grad_scale;  // [] what gradients were multiplied with, or null
   float* skip;              // [] 0: go ahead; becomes 1 at a gradient beyond the limit

@@ -9,15 +9,17 @@
 //   neighbouring parameters if the tensor's size is a multiple of 4 and its state aligned: 16-byte loads and stores. Otherwise
 //   it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the cache.
 // Memory, in bytes per parameter with a float gradient and parameter: prepare 4 (the gradient), advance 160 (gradient 4, state
-//   in and out 2 * 76, update 4), apply 12. Meta-parameters are in shared memory and read four at a time, as broadcasts.
+//   in and out 2 * 76, update 4) or with a compact state 88, apply 12. Meta-parameters are in shared memory and read four at a time, as broadcasts.
 // Sums over a tensor are of partial sums per chunk, in the order of the chunks: two runs are bitwise equal.
 //
 // Registers and instructions: `python -m lopt.bench.sass`. Tests: tests/backends/test_cuda.py, tests/kernels/test_hrnn.py.
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "gpu_math.h"
+#include "hrnn_compact.h"
 #include "hrnn_cuda.h"
 
 namespace lopt::LOPT_ISA {
@@ -31,7 +33,7 @@ using gpu::SummaryColumn;
 #define LOPT_GPU_PACK 4
 #endif
 constexpr int kPack = LOPT_GPU_PACK;  // parameters of a thread in a tile
-constexpr int kAligned = 4 * kPack;   // bytes that it reads at a time
+constexpr int kAligned = 4 * kPack;   // bytes of them in a row of floats
 constexpr int kAdvanceThreads = 128;  // of a block
 constexpr int kAdvanceBlocks = kPack == 4 ? 2 : 3;  // of a multiprocessor, at least: as many as registers allow without spills
 constexpr int kStreamThreads = 256;  // of the kernels that only pass over memory
@@ -253,14 +255,17 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
   const int64_t n = row.number(AdvanceColumn::SIZE);
   bool keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
-    const float* ms = row.address<const float>(AdvanceColumn::MS) + s * n;
+    const auto has_past = [&](int64_t i) {
+      if (args.compact) return row.address<const int16_t>(AdvanceColumn::MS)[s * n + i] != kMsZero;
+      return row.address<const float>(AdvanceColumn::MS)[s * n + i] != 0;
+    };
     bool keeps = false;
     for (int64_t begin = 0; started && !keeps && begin < n; begin += B::threads) {  // as a rule, the first value decides
       block.each([&](int thread) {
         if (thread == 0) shared.past = 0;
       });
       block.each([&](int thread) {
-        if (begin + thread < n && ms[begin + thread] != 0) shared.past = 1;  // all who write, write the same
+        if (begin + thread < n && has_past(begin + thread)) shared.past = 1;  // all who write, write the same
       });
       keeps = shared.past;
       block.each([](int) {});  // all have read it
@@ -320,38 +325,45 @@ struct AdvanceShared {
 struct Tensor {
   const void* grad;
   Dtype dtype;
-  float factor;
-  float *hidden, *accum, *ms, *log_lr, *update, *attention_update;
+  float factor, hidden_limit;
+  void *hidden, *accum, *ms;  // float, or as hrnn_compact.h says
+  float *log_lr, *update, *attention_update;
   int64_t n;
 };
 
-// Input and output of P neighbouring parameters from `at` on. All is read at once: the loads are under way together.
+// Input and output of P neighbouring parameters from `at` on, but for what the two formats of state differ in. All is read
+// at once: the loads are under way together.
 template <int P>
-struct Io {
+struct CommonIo {
   using Number = Pack<float, P>;
   const Tensor& t;
   int64_t at;
   float (&sums)[kSums];
-  Number old_grad, old_hidden[kHidden], old_accum[kTimescales], old_ms[kTimescales], old_log_lr;
+  Number old_grad, old_log_lr;
 
-  LOPT_HD Io(const Tensor& t, int64_t at, float (&sums)[kSums]) : t(t), at(at), sums(sums) {
+  LOPT_HD CommonIo(const Tensor& t, int64_t at, float (&sums)[kSums]) : t(t), at(at), sums(sums) {
     old_grad = load_pack<P>(t.dtype, t.grad, at) * t.factor;
-    LOPT_UNROLL for (int i = 0; i < kHidden; i++) old_hidden[i] = read(t.hidden + i * t.n);
-    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_accum[s] = read(t.accum + s * t.n);
-    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_ms[s] = read(t.ms + s * t.n);
-    old_log_lr = read(t.log_lr);
+    old_log_lr = read(t.log_lr, 0);
   }
 
-  LOPT_HD Number read(const float* from) const {
-    const auto all = load_once(reinterpret_cast<const Neighbours<float, P>*>(from + at));
+  template <class T>
+  LOPT_HD Neighbours<T, P> load(const void* state, int feature) const {
+    return load_once(reinterpret_cast<const Neighbours<T, P>*>(static_cast<const T*>(state) + feature * t.n + at));
+  }
+  template <class T>
+  LOPT_HD void store(void* state, int feature, const Neighbours<T, P>& values) const {
+    store_once(reinterpret_cast<Neighbours<T, P>*>(static_cast<T*>(state) + feature * t.n + at), values);
+  }
+  LOPT_HD Number read(const void* state, int feature) const {
+    const auto all = load<float>(state, feature);
     Number value;
     LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = all.value[p];
     return value;
   }
-  LOPT_HD void write(float* to, const Number& value) const {
+  LOPT_HD void write(void* state, int feature, const Number& value) const {
     Neighbours<float, P> all;
     LOPT_UNROLL for (int p = 0; p < P; p++) all.value[p] = value.part[p];
-    store_once(reinterpret_cast<Neighbours<float, P>*>(to + at), all);
+    store(state, feature, all);
   }
   LOPT_HD void add(int sum, const Number& value) const {
     float total = value.part[0];
@@ -361,15 +373,8 @@ struct Io {
 
   LOPT_HD Number grad() const { return old_grad; }
   LOPT_HD Number log_lr() const { return old_log_lr; }
-  LOPT_HD Number hidden(int i) const { return old_hidden[i]; }
-  LOPT_HD Number accum(int s) const { return old_accum[s]; }
-  LOPT_HD Number ms(int s) const { return old_ms[s]; }
-
-  LOPT_HD void put_hidden(int i, const Number& value) { write(t.hidden + i * t.n, value), add(i, value); }
-  LOPT_HD void put_accum(int s, const Number& value) { write(t.accum + s * t.n, value); }
-  LOPT_HD void put_ms(int s, const Number& value) { write(t.ms + s * t.n, value); }
   LOPT_HD void put_feature(int i, const Number& value) { add(kHidden + i, value); }
-  LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, value), add(kHidden + kFeatures + 1, value); }
+  LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, 0, value), add(kHidden + kFeatures + 1, value); }
   LOPT_HD void put_update(const Number& direction, const Number& update) {
     store_pack(Dtype::f32, t.update, at, update), add(kHidden + kFeatures, direction * direction);
   }
@@ -378,14 +383,80 @@ struct Io {
   }
 };
 
-template <class V, int P, int threads>
+template <int P>
+struct Io : CommonIo<P> {
+  using Number = Pack<float, P>;
+  static constexpr int bytes = 4 * P;  // of an access
+  Number old_hidden[kHidden], old_accum[kTimescales], old_ms[kTimescales];
+
+  LOPT_HD Io(const Tensor& t, int64_t at, float (&sums)[kSums]) : CommonIo<P>(t, at, sums) {
+    LOPT_UNROLL for (int i = 0; i < kHidden; i++) old_hidden[i] = this->read(t.hidden, i);
+    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_accum[s] = this->read(t.accum, s);
+    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_ms[s] = this->read(t.ms, s);
+  }
+
+  LOPT_HD Number hidden(int i) const { return old_hidden[i]; }
+  LOPT_HD Number accum(int s) const { return old_accum[s]; }
+  LOPT_HD Number ms(int s) const { return old_ms[s]; }
+  LOPT_HD void put_hidden(int i, const Number& value) { this->write(this->t.hidden, i, value), this->add(i, value); }
+  LOPT_HD void put_accum(int s, const Number& value) { this->write(this->t.accum, s, value); }
+  LOPT_HD void put_ms(int s, const Number& value) { this->write(this->t.ms, s, value); }
+};
+
+// With a compact state. Averages and mean squares come in pairs, the average first.
+template <int P>
+struct CompactIo : CommonIo<P> {
+  using Number = Pack<float, P>;
+  using C = Compact<Number>;
+  static constexpr int bytes = 2 * P;
+  Neighbours<int16_t, P> old_hidden[kHidden], old_ms[kTimescales];
+  Neighbours<uint16_t, P> old_ratio[kTimescales];
+  Number accum_waiting;
+
+  LOPT_HD CompactIo(const Tensor& t, int64_t at, float (&sums)[kSums]) : CommonIo<P>(t, at, sums) {
+    LOPT_UNROLL for (int i = 0; i < kHidden; i++) old_hidden[i] = this->template load<int16_t>(t.hidden, i);
+    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_ratio[s] = this->template load<uint16_t>(t.accum, s);
+    LOPT_UNROLL for (int s = 0; s < kTimescales; s++) old_ms[s] = this->template load<int16_t>(t.ms, s);
+  }
+
+  static LOPT_HD Number number(const Neighbours<int16_t, P>& codes) {
+    Number value;
+    LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = codes.value[p];
+    return value;
+  }
+  LOPT_HD void write_code(void* state, int feature, const Number& code) const {
+    Neighbours<int16_t, P> codes;
+    LOPT_UNROLL for (int p = 0; p < P; p++) codes.value[p] = int16_t(code.part[p]);
+    this->store(state, feature, codes);
+  }
+
+  LOPT_HD Number hidden(int i) const { return C::hidden(number(old_hidden[i]), this->t.hidden_limit); }
+  LOPT_HD Number ms(int s) const { return C::ms(number(old_ms[s])); }
+  LOPT_HD Number accum(int s) const {
+    Number ratio;
+    LOPT_UNROLL for (int p = 0; p < P; p++) ratio.part[p] = from_f16(old_ratio[s].value[p]);
+    return C::accum(ratio, number(old_ms[s]));
+  }
+  LOPT_HD void put_hidden(int i, const Number& value) {
+    write_code(this->t.hidden, i, C::hidden_code(value, this->t.hidden_limit)), this->add(i, value);
+  }
+  LOPT_HD void put_accum(int, const Number& value) { accum_waiting = value; }
+  LOPT_HD void put_ms(int s, const Number& value) {
+    const Number code = C::ms_code(value), ratio = C::ratio(accum_waiting, code);
+    Neighbours<uint16_t, P> halves;
+    LOPT_UNROLL for (int p = 0; p < P; p++) halves.value[p] = to_f16(ratio.part[p]);
+    write_code(this->t.ms, s, code), this->store(this->t.accum, s, halves);
+  }
+};
+
+template <class V, class I, int P, int threads>
 LOPT_HD void advance_tiles(const AdvanceShared<V>& shared, const Tensor& tensor, const Range& range, int thread, float (&sums)[kSums]) {
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
   for (int64_t at = range.begin + P * thread; at < range.end; at += P * threads) {
-    Io<P> io(tensor, at, sums);
-    Step<Pack<float, P>, V, Io<P>>(shared.weights, shared.injected, io).advance();
+    I io(tensor, at, sums);
+    Step<Pack<float, P>, V, I>(shared.weights, shared.injected, io).advance();
   }
 }
 
@@ -404,20 +475,22 @@ LOPT_HD float column_of(const float* sums, int j, bool products) {
   return j == log_ms + kTimescales ? sums[kHidden + kRelativeLogLr] : sums[kHidden + kFeatures + j - log_ms - kTimescales - 1];
 }
 
-template <class V, class B>
+template <class V, bool compact, class B>
 LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>& shared) {
   if (*args.skip != 0) return;
   const int chunk = args.chunk_count - 1 - block.index, index = args.chunks[chunk];
   const Row row{args.table, args.tensors, index};
   const int64_t offset = row.number(AdvanceColumn::OFFSET);
   const Tensor tensor{row.address<const void>(AdvanceColumn::GRAD), Dtype(row.number(AdvanceColumn::GRAD_DTYPE)),
-                      gradient_factor(args, row), row.address<float>(AdvanceColumn::HIDDEN),
-                      row.address<float>(AdvanceColumn::ACCUM), row.address<float>(AdvanceColumn::MS),
+                      gradient_factor(args, row), args.hidden_limit, row.address<void>(AdvanceColumn::HIDDEN),
+                      row.address<void>(AdvanceColumn::ACCUM), row.address<void>(AdvanceColumn::MS),
                       row.address<float>(AdvanceColumn::LOG_LR), args.update + offset, args.attention_update + offset,
                       row.number(AdvanceColumn::SIZE)};
   const Range range = chunk_range<AdvanceColumn>(row, chunk);
-  const bool vector = tensor.n % kPack == 0 && aligned(tensor.hidden, kAligned) && aligned(tensor.accum, kAligned) &&
-                      aligned(tensor.ms, kAligned) && aligned(tensor.log_lr, kAligned);
+  using Several = std::conditional_t<compact, CompactIo<kPack>, Io<kPack>>;
+  using One = std::conditional_t<compact, CompactIo<1>, Io<1>>;
+  const bool vector = tensor.n % kPack == 0 && aligned(tensor.hidden, Several::bytes) && aligned(tensor.accum, Several::bytes) &&
+                      aligned(tensor.ms, Several::bytes) && aligned(tensor.log_lr, kAligned);
   block.each([&](int thread) {
     float* const weights = reinterpret_cast<float*>(&shared.weights);
     float* const injected = reinterpret_cast<float*>(&shared.injected);
@@ -428,9 +501,9 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>&
   block.each([&](int thread) {
     float sums[kSums] = {};
     if (vector)
-      advance_tiles<V, kPack, B::threads>(shared, tensor, range, thread, sums);
+      advance_tiles<V, Several, kPack, B::threads>(shared, tensor, range, thread, sums);
     else
-      advance_tiles<V, 1, B::threads>(shared, tensor, range, thread, sums);
+      advance_tiles<V, One, 1, B::threads>(shared, tensor, range, thread, sums);
     LOPT_UNROLL for (int i = 0; i < kSums; i++) shared.sums[i][thread] = sums[i];
   });
   block.each([&](int thread) {

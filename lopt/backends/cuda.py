@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt import native
+from lopt import compact, native
 from lopt.backends import coverage, gpu
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.metaparams import MetaParams
 
-STATE_FORMATS = ("float32",)
+STATE_FORMATS = ("float32", "compact")
 PROGRAMS = 2048  # chunks, at least, if that many tiles are there to share
 CHUNK = 4096  # fewest parameters beyond that: enough to pay for adding up the sums
 OLDEST = (8, 0)  # compute capability: shared memory, and what setup.py compiles for
@@ -61,7 +61,8 @@ class Packed:
     """Meta-parameters as the kernels read them.
 
     Attributes:
-        weights: of the parameter level, `Weights` in csrc/hrnn_step.h. scaled: the rest.
+        weights: of the parameter level, `Weights` in csrc/hrnn_step.h.
+        hidden_limit: of the compact format.
     """
 
     def __init__(self, meta: MetaParams) -> None:
@@ -80,6 +81,7 @@ class Packed:
             rows.float().contiguous() for rows in (scaled.bias, scaled.from_tensor, scaled.from_global)
         )
         self.tensor_gru, self.global_gru = scaled.tensor_gru, scaled.global_gru
+        self.hidden_limit = compact.limit(meta)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -138,6 +140,8 @@ class Stages(gpu.Stages):
             "relative_to_problem": config.relative_log_lr == "problem",
             "attention": config.attention,
             "products": config.gradient_products,
+            "compact": kept.compact,
+            "hidden_limit": packed.hidden_limit,
             "gradient_limit": GRADIENT_LIMIT,
             "grad_scale": _address(grad_scale),
             "skip": skip.data_ptr(),

@@ -311,6 +311,7 @@ class Advance:
     def __init__(self, stages: Stages, meta: MetaParams, hidden: Sequence[Tensor], sizes: list[int]) -> None:
         device, tensors = hidden[0].device, len(hidden)
         self.sizes, self.tensors = sizes, tensors
+        self.compact = hidden[0].dtype == torch.int16  # the format of the state
         self.meta, self.packed = meta, stages.pack(meta)
         self.chunks = Chunks(sizes, stages.chunk_sizes(sizes), device)
         self.table = Table(len(AdvanceColumn), tensors, device)
@@ -578,7 +579,11 @@ class Stages:
         with torch.cuda.device_of(sums):
             kept = self._keep(
                 sums,
-                lambda kept: (kept.meta is meta or kept.meta.config == meta.config) and kept.sizes == sizes,
+                lambda kept: (
+                    (kept.meta is meta or kept.meta.config == meta.config)
+                    and kept.sizes == sizes
+                    and kept.compact == (hidden[0].dtype == torch.int16)
+                ),
                 lambda: Advance(self, meta, hidden, sizes),
             )
             self._follow_meta(kept, meta)
