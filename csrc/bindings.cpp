@@ -160,7 +160,7 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
 }
 
 static void advance(const lopt::Meta& meta, bool compact, List grads, List dtypes, List maximize, List n, List numel, List hidden, List accum,
-                    List ms, List log_lr, List step, List tensor_hidden, List log_lr_mean, int64_t global_hidden,
+                    List ms, List step, List tensor_hidden, List log_lr_mean, List log_lr, int64_t global_hidden,
                     int64_t grad_scale, int64_t skip, int64_t update, int64_t attention_update, int64_t sums, int threads) {
   std::vector<lopt::AdvanceTensor> tensors(grads.size());
   for (int i = 0; i < grads.size(); i++)
@@ -175,7 +175,7 @@ static void advance(const lopt::Meta& meta, bool compact, List grads, List dtype
   active().kernels->advance(args);
 }
 
-static void summarise(const lopt::Meta& meta, List numel, List tensor_hidden, List log_lr_mean, List step,
+static void summarise(const lopt::Meta& meta, List numel, List step, List tensor_hidden, List log_lr_mean,
                       int64_t global_hidden, int64_t sums, int64_t skip, int64_t scale) {
   std::vector<lopt::SummariseTensor> tensors(numel.size());
   for (int i = 0; i < numel.size(); i++)
@@ -186,7 +186,7 @@ static void summarise(const lopt::Meta& meta, List numel, List tensor_hidden, Li
   active().kernels->summarise(args);
 }
 
-static void apply(List params, List dtypes, List n, List true_param, List log_lr_mean, List lr, List weight_decay,
+static void apply(List params, List dtypes, List n, List log_lr_mean, List true_param, List lr, List weight_decay,
                   int64_t update, int64_t attention_update, int64_t scale, int64_t skip, int threads) {
   std::vector<lopt::ApplyTensor> tensors(params.size());
   for (int i = 0; i < params.size(); i++)

@@ -11,10 +11,11 @@ Tests: tests/backends/test_cpu.py, tests/csrc/test_simd.py.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from lopt.state import strides
 STATE_FORMATS = ("float32", "compact")
 
 _address = Tensor.data_ptr
+_dtype = operator.attrgetter("dtype")
 
 
 @functools.cache
@@ -49,14 +51,26 @@ def unsupported(config: HRNNConfig) -> str | None:
     return coverage.unsupported(config)
 
 
-_packed: dict[int, tuple[weakref.ref[MetaParams], Any]] = {}
+Made = TypeVar("Made")
 
 
+class _Memo(Generic[Made]):
+    """What was made for an object, for as long as that lives."""
+
+    def __init__(self, make: Callable[[Any], Made]) -> None:
+        self._make = make
+        self._made: dict[int, tuple[weakref.ref[Any], Made]] = {}
+
+    def __call__(self, owner: Any) -> Made:
+        key, made = id(owner), self._made
+        if key not in made:
+            made[key] = weakref.ref(owner, lambda _: made.pop(key, None)), self._make(owner)
+        return made[key][1]
+
+
+@_Memo
 def _pack(meta: MetaParams) -> Any:
-    """Meta-parameters in the kernels' layout, computed once for as long as `meta` lives."""
-    key = id(meta)
-    if key in _packed:
-        return _packed[key][1]
+    """Meta-parameters in the kernels' layout."""
     config = meta.config
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in meta.items()}
     options = {
@@ -74,13 +88,38 @@ def _pack(meta: MetaParams) -> Any:
         "fixed_grad_decay": FIXED_GRAD_DECAY,
         "fixed_scale_decay": FIXED_SCALE_DECAY,
     }
-    packed = native.load().pack(options, {name: tensor.data_ptr() for name, tensor in tensors.items()})
-    _packed[key] = weakref.ref(meta, lambda _: _packed.pop(key, None)), packed
-    return packed
+    return native.load().pack(options, {name: tensor.data_ptr() for name, tensor in tensors.items()})
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(_address, tensors))
+class _Followed:
+    """Addresses of lists of tensors that a stage gets at every step, read again where the tensors are others.
+
+    Reading them is most of the time that Python takes for the step of a small model. The lists are state, which does
+    not move unless someone sets its `.data`; the addresses of the first list are compared, lest that be fatal.
+    """
+
+    def __init__(self, _: Tensor) -> None:
+        self._lists: list[list[Tensor]] = []
+        self._addresses: list[list[int]] = []
+        self.sizes: list[int] = []  # of the tensors of the last list
+        self.strides: list[tuple[int, ...]] = []  # of the tensors of the last list
+        self.dense: list[tuple[int, ...]] = []  # strides of parameters that were all found to have no gaps
+
+    def __call__(self, *lists: Sequence[Tensor]) -> list[list[int]]:
+        first = list(map(_address, lists[0]))
+        same = self._addresses and self._addresses[0] == first
+        if not same or not all(map(_is, self._lists, lists)):
+            self._lists = [list(tensors) for tensors in lists]
+            self._addresses = [first, *(list(map(_address, tensors)) for tensors in lists[1:])]
+            self.sizes, self.strides = [list(map(read, lists[-1])) for read in (Tensor.numel, Tensor.stride)]
+        return self._addresses
+
+
+def _is(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+_advanced, _summarised, _applied = _Memo(_Followed), _Memo(_Followed), _Memo(_Followed)  # of a stage's buffer
 
 
 def _ordered(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -143,22 +182,21 @@ def advance(
             sums=sums,
         )
         return
-    grads = _ordered(grads, log_lr)
+    followed = _advanced(sums)
+    addresses = followed(hidden, accum, ms, step, tensor_hidden, log_lr_mean, log_lr)
+    dtypes = list(map(DTYPES.get, map(_dtype, grads)))
+    if None in dtypes or list(map(Tensor.stride, grads)) != followed.strides:
+        grads = _ordered(grads, log_lr)
+        dtypes = list(map(DTYPES.get, map(_dtype, grads)))
     native.load().advance(
         _pack(meta),
         hidden[0].dtype == torch.int16,
-        _addresses(grads),
-        [DTYPES[grad.dtype] for grad in grads],
+        list(map(_address, grads)),
+        dtypes,
         list(maximize),
-        list(map(Tensor.numel, grads)),
+        followed.sizes,
         list(numel),
-        _addresses(hidden),
-        _addresses(accum),
-        _addresses(ms),
-        _addresses(log_lr),
-        _addresses(step),
-        _addresses(tensor_hidden),
-        _addresses(log_lr_mean),
+        *addresses,
         global_hidden.data_ptr(),
         0 if grad_scale is None else grad_scale.data_ptr(),
         skip.data_ptr(),
@@ -190,9 +228,7 @@ def summarise(
     native.load().summarise(
         _pack(meta),
         list(numel),
-        _addresses(tensor_hidden),
-        _addresses(log_lr_mean),
-        _addresses(step),
+        *_summarised(scale)(step, tensor_hidden, log_lr_mean),
         global_hidden.data_ptr(),
         sums.data_ptr(),
         skip.data_ptr(),
@@ -229,13 +265,19 @@ def apply(
             skip=skip,
         )
         return
-    ordered = [_dense(param) for param in params]
+    followed, ordered = _applied(scale), params
+    addresses = followed(log_lr_mean, true_param)
+    found = list(map(Tensor.stride, params))
+    dtypes = list(map(DTYPES.get, map(_dtype, params)))
+    if None in dtypes or found != followed.dense:
+        ordered = [_dense(param) for param in params]
+        dtypes = [DTYPES[param.dtype] for param in ordered]
+        followed.dense = found if _is(ordered, params) else []
     native.load().apply(
-        _addresses(ordered),
-        [DTYPES[param.dtype] for param in ordered],
+        list(map(_address, ordered)),
+        dtypes,
         list(map(Tensor.numel, ordered)),
-        _addresses(true_param),
-        _addresses(log_lr_mean),
+        *addresses,
         lr.tolist() if isinstance(lr, Tensor) else list(map(float, lr)),
         list(weight_decay),
         update.data_ptr(),
@@ -244,6 +286,6 @@ def apply(
         skip.data_ptr(),
         torch.get_num_threads(),
     )
-    for param, copy in zip(params, ordered, strict=True):
+    for param, copy in zip(params, ordered, strict=True) if ordered is not params else ():
         if copy is not param:
             param.copy_(copy)
