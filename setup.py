@@ -5,7 +5,7 @@
 Environment, none of it needed:
     CXX, CXXFLAGS            the C++ compiler (default: c++, g++ or clang++, the first that works) and more flags for it
     CUDACXX, CUDA_HOME       where nvcc is (default: on PATH, else in /usr/local/cuda/bin)
-    LOPT_CUDA_ARCHS          what nvcc compiles for, e.g. "90,100"; "native", "all" and "all-major" (default) work too
+    LOPT_CUDA_ARCHS          what nvcc compiles for (default: CUDA_ARCHS below); "native", "all", "all-major" work too
     LOPT_CPP, LOPT_CUDA      0: leave this part out; 1: fail where it cannot be built; unset: leave it out there
 
 What is left out, and why, goes to lopt/_build.json, where `lopt info` finds it. Neither torch nor a GPU is needed here.
@@ -51,6 +51,8 @@ ISAS = {
     },
 }
 ISAS_ELSEWHERE: dict[str, list[str]] = {"generic": []}
+
+CUDA_ARCHS = ("80", "90", "100", "120")  # Ampere, Hopper, Blackwell of both kinds; later ones take PTX
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -103,6 +105,12 @@ def find_nvcc(cxx: list[str]) -> tuple[list[str], str]:
     command = [nvcc, "-std=c++17", "-ccbin", cxx[-1], "-cudart", "static"]
     works, reason = links([*command, "-shared", "-Xcompiler=-fPIC"], "#include <cuda_runtime.h>\n", ".cu")
     return (command, "") if works else ([], f"nvcc does not work with {cxx[-1]}: {reason}")
+
+
+def default_archs(nvcc: list[str]) -> str:
+    """Those of CUDA_ARCHS that nvcc knows, as for LOPT_CUDA_ARCHS; without any, what it calls all-major."""
+    known = run([*nvcc, "--list-gpu-code"])[1].split() if nvcc else []
+    return ",".join(arch for arch in CUDA_ARCHS if f"sm_{arch}" in known) or "all-major"
 
 
 def cuda_archs(archs: str) -> list[str]:
@@ -158,7 +166,7 @@ class Ninja(build_ext):
     def ninja(self, cxx, openmp, nvcc, folder, module):
         """Returns the text of build.ninja: an object per ONCE and CUDA file, and per PER_ISA file and ISA."""
         isas = ISAS.get(run([*cxx, "-dumpmachine"])[1].split("-")[0], ISAS_ELSEWHERE)
-        archs = os.environ.get("LOPT_CUDA_ARCHS") or "all-major"
+        archs = os.environ.get("LOPT_CUDA_ARCHS") or default_archs(nvcc)
         defines = [
             f'-DLOPT_VERSION="{self.distribution.get_version()}"',
             f"-DLOPT_FOR_EACH_ISA(X)={' '.join(f'X({isa})' for isa in isas)}",

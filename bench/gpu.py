@@ -4,6 +4,7 @@
     python -m lopt.bench.gpu tiles --out FILE       the Triton backend's `advance` with other tiles
     python -m lopt.bench.gpu kernels                time of each kernel in a step, by torch's profiler
     python -m lopt.bench.gpu small                  a few steps over small tensors, for compute-sanitizer
+    python -m lopt.bench.gpu pack --out FILE        the CUDA backend alone, for builds that differ in their kernels
     python -m lopt.bench.gpu summary FILE           the rows of a file as a table
 
 Contenders take turns as in `lopt bench step`, and a failing one is named and left out. Bandwidth counts the bytes that
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 import lopt
-from lopt import backends
+from lopt import backends, native
 from lopt.bench.results import Row, append, commit, device_name, load, quantiles, today
 from lopt.bench.step import ADAMW_BYTES, HRNN_BYTES, Step, shapes_of, timer
 
@@ -173,6 +174,15 @@ def measure_tiles(case: str, rounds: int) -> list[Row]:
     return take_turns(steps, rounds, sum(shape.numel() for shape in sizes), len(sizes), case)
 
 
+def measure_pack(case: str, rounds: int) -> list[Row]:
+    """The CUDA backend by the number of parameters that its threads handle together, which this build fixed."""
+    name = f"hrnn cuda pack {native.load().gpu_layout()['pack']}"
+    optimizer, sizes = contenders()["hrnn cuda"](random_params(case)), shapes(case)
+    optimizer.step()
+    steps = {("replay", name): captured(optimizer.step)}
+    return take_turns(steps, rounds, sum(shape.numel() for shape in sizes), len(sizes), case)
+
+
 def print_kernels(case: str) -> None:
     """Mean time of each kernel of a step, for every fused backend."""
     from torch.profiler import ProfilerActivity, profile
@@ -193,14 +203,14 @@ def print_kernels(case: str) -> None:
             print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=12), flush=True)
 
 
-def run_small() -> None:
-    """Steps of every fused backend over sizes around those of tiles and chunks, with and without attention."""
+def run_small(only: str) -> None:
+    """Steps of fused backends over sizes around those of tiles and chunks, with and without attention."""
     for name in contenders():
-        if not name.startswith("hrnn"):
+        if not name.startswith(f"hrnn {only}"):
             continue
         for attention in (False, True):
             meta = lopt.MetaParams.init(lopt.HRNNConfig(attention=attention))
-            params = [torch.randn(n, device=DEVICE).requires_grad_() for n in (1, 7, 255, 257, 2049, 40_000)]
+            params = [torch.randn(n, device=DEVICE).requires_grad_() for n in (1, 7, 255, 257, 2049, 2052, 40_000)]
             optimizer = lopt.HRNN(params, backend=name.removeprefix("hrnn "), meta=meta, weight_decay=0.1)
             for _ in range(2):
                 for param in params:
@@ -247,9 +257,10 @@ def summary(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run one of the commands in the module's first lines; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m lopt.bench.gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", choices=["measure", "tiles", "kernels", "small", "summary"])
+    parser.add_argument("command", choices=["measure", "tiles", "pack", "kernels", "small", "summary"])
     parser.add_argument("file", nargs="?", type=Path, help="of summary")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"default: {' '.join(CASES)}")
+    parser.add_argument("--backend", default="", help="of small: this one alone (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="CSV file (default: results.csv)")
     args = parser.parse_args(arguments)
@@ -260,9 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: torch {torch.__version__} finds no GPU", file=sys.stderr)
         return 1
     if args.command == "small":
-        run_small()
+        run_small(args.backend)
     elif args.command == "kernels":
         print_kernels(args.cases[0])
+    elif args.command == "pack":
+        append(measure_pack(args.cases[0], args.rounds), args.out)
     elif args.command == "tiles":
         append(measure_tiles(args.cases[0], args.rounds), args.out)
     else:

@@ -64,12 +64,24 @@ SANITIZER=$(sanitizer | head -n 1)
 if [ -n "$SANITIZER" ]; then
     stage memcheck 100 "$SANITIZER" --tool memcheck --report-api-errors no --error-exitcode 3 \
         "$PYTHON" -m lopt.bench.gpu small
-    stage racecheck 100 "$SANITIZER" --tool racecheck --error-exitcode 3 "$PYTHON" -m lopt.bench.gpu small
+    for tool in racecheck synccheck initcheck; do
+        stage "$tool" 60 "$SANITIZER" --tool "$tool" --error-exitcode 3 "$PYTHON" -m lopt.bench.gpu small --backend cuda
+    done
+    stage racecheck-tr 60 "$SANITIZER" --tool racecheck --error-exitcode 3 \
+        "$PYTHON" -m lopt.bench.gpu small --backend triton
 else
     printf '%-12s left out: there is no compute-sanitizer\n' sanitizer | tee -a "$STAGES"
 fi
 stage kernels 60 "$PYTHON" -m lopt.bench.gpu kernels --cases resnet50
 stage tiles 120 "$PYTHON" -m lopt.bench.gpu tiles --cases resnet50 --out "$RESULTS"
+# The CUDA kernels with half as many parameters per thread, in a copy: less code and fewer registers against more reads.
+rm -rf "$OUT/pack2" && mkdir -p "$OUT/pack2/lopt" && ln -s "$PWD"/lopt/* "$PWD/kernels" "$PWD/bench" "$OUT/pack2/lopt/"
+rm -f "$OUT"/pack2/lopt/_C* "$OUT"/pack2/lopt/_build.json
+stage pack2-build 120 env CXXFLAGS="${CXXFLAGS:-} -DLOPT_GPU_PACK=2" NVCC_APPEND_FLAGS=-DLOPT_GPU_PACK=2 \
+    "$PYTHON" setup.py build_ext --build-temp "$OUT/pack2/temp" --build-lib "$OUT/pack2"
+stage pack4 30 "$PYTHON" -m lopt.bench.gpu pack --cases resnet50 --out "$RESULTS"
+stage pack2 30 env PYTHONPATH="$OUT/pack2" PYTHONSAFEPATH=1 "$PYTHON" -m lopt.bench.gpu pack --cases resnet50 --out "$RESULTS"
+stage pack2-sass 60 env PYTHONPATH="$OUT/pack2" PYTHONSAFEPATH=1 "$PYTHON" -m lopt.bench.sass
 stage step 90 "$PYTHON" -m lopt bench step 100k 1M 10M --device cuda --no-compile --rounds 5 --budget 3 --out "$RESULTS"
 stage sass 60 "$PYTHON" -m lopt.bench.sass
 

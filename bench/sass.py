@@ -1,8 +1,9 @@
-"""What the Triton kernels compile to: registers, spills and instructions per parameter, without a GPU.
+"""What the GPU kernels compile to: registers, spills and instructions per parameter, without a GPU.
 
-Compiles for a compute capability with Triton's own toolchain and reads the machine code. `advance` decides the speed of
-a step: its tile loop is told apart from the rest, and divided by the parameters of a tile. An instruction counts once
-for the 32 threads of a warp.
+Reads the machine code of the CUDA kernels in lopt._C, where it was built for the compute capability asked for, and
+compiles Triton's with its own toolchain. `advance` decides the speed of a step: its tile loop is told apart from the
+rest, and divided by the parameters of a tile. An instruction counts once for the 32 threads of a warp; one takes 16
+bytes of the instruction cache.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lopt import native
 from lopt.backends import triton as backend
 from lopt.backends.triton import Tile
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT
@@ -25,7 +28,9 @@ from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT
 OTHER_TILES = [Tile(128, 2, None), Tile(256, 4, None), Tile(256, 2, None), Tile(512, 4, None)]
 POINTERS = {"table": "*i64", "chunks": "*i32", "tickets": "*i32", "ticket": "*i32"}  # the others are to float32
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([^;]*);")
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)")
 SPILLS = ("LDL", "STL")
+CUDA_THREADS = {"prepare": 256, "advance": 128, "summarise": 256, "apply": 256}  # of a block, csrc/hrnn_gpu.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +85,60 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], tile: Tile, capabilit
     options = {"num_warps": tile.warps, "enable_fp_fusion": True, "maxnreg": tile.registers}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        usage, text = (
-            subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    instructions = [(int(address, 16), name, rest) for address, name, rest in INSTRUCTION.findall(text)]
-    if found is None or not instructions:
-        raise RuntimeError(f"{tool} does not read the compiled kernel: {usage[:200]!r}, {text[:200]!r}")
-    begin, end = longest_loop(instructions)
-    loop = collections.Counter(name for address, name, _ in instructions if begin <= address <= end)
-    return Code(int(found[1]), int(found[2]), len(instructions), loop)
+        (code,) = read_codes(binary).values()
+    return code
+
+
+def cuobjdump(*arguments: str) -> str:
+    """What the disassembler prints: the CUDA toolkit's, or the one that comes with Triton."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        import triton
+
+        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return subprocess.run([tool, *arguments], capture_output=True, text=True).stdout
+
+
+def read_codes(binary: Path, *options: str) -> dict[str, Code]:
+    """Name, as the linker knows it, -> compiled kernel, of a file with machine code for a GPU.
+
+    Raises:
+        RuntimeError: the disassembler does not read it; the message says what it printed.
+    """
+    usage, text = (cuobjdump(option, *options, str(binary)) for option in ("-res-usage", "-sass"))
+    used = {name: (int(registers), int(stack)) for name, registers, stack in USAGE.findall(usage)}
+    codes = {}
+    for part in text.split("Function : ")[1:]:
+        name = part.split(maxsplit=1)[0]
+        instructions = [(int(address, 16), kind, rest) for address, kind, rest in INSTRUCTION.findall(part)]
+        begin, end = longest_loop(instructions)
+        loop = collections.Counter(kind for address, kind, _ in instructions if begin <= address <= end)
+        if name in used and instructions:
+            codes[name] = Code(*used[name], len(instructions), loop)
+    if not codes:
+        raise RuntimeError(f"cuobjdump does not read {binary}: {usage[:200]!r}, {text[:200]!r}")
+    return codes
+
+
+def cuda_rows(capability: int) -> list[list[object]]:
+    """Rows of the CUDA kernels in lopt._C; none, with the reason, where it has none for the capability."""
+    if reason := native.absent() or native.left_out().get("cuda"):
+        return [["cuda", f"  left out: {reason}"]]
+    try:
+        codes = read_codes(Path(native.load().__file__), "-arch", f"sm_{capability}")
+    except RuntimeError as error:
+        return [["cuda", f"  no code for sm_{capability} in lopt._C: {error}"]]
+    pack, rows = native.load().gpu_layout()["pack"], []
+    for name, threads in CUDA_THREADS.items():
+        for symbol, code in codes.items():
+            if f"hrnn_{name}" in symbol:
+                attention = " +att" if re.search(name + r"I(NS_7Variant\w*?)?ILb1|ILb1E", symbol) else ""
+                block = threads * pack if name == "advance" else 0
+                rows.append(row(f"cuda {name}{attention}", Tile(block, threads // 32, None), code))
+    return rows
 
 
 def longest_loop(instructions: list[tuple[int, str, str]]) -> tuple[int, int]:
@@ -120,7 +164,7 @@ HEADER = (
     "/ parameter",
     "most frequent in the loop",
 )
-WIDTHS = (10, 6, 6, 6, 10, 8, 13, 8, 7, 12)
+WIDTHS = (20, 6, 6, 6, 10, 8, 13, 8, 7, 12)
 
 
 def line(cells: Sequence[object]) -> str:
@@ -159,14 +203,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: triton is not installed; pip install lopt[triton]", file=sys.stderr)
         return 1
 
-    print(f"triton {triton.__version__}, sm_{args.capability}")
+    print(f"sm_{args.capability}; triton {triton.__version__}")
     print(line(HEADER))
+    for cells in cuda_rows(args.capability):
+        print(line(cells) if len(cells) == len(HEADER) else "".join(map(str, cells)))
     table = [(name, kernel, constants, tile) for name, (kernel, constants, tile) in kernels().items()]
     if args.tiles:
         _, kernel, constants, _ = table[1]
         table += [("advance", kernel, constants, tile) for tile in OTHER_TILES]
     for name, kernel, constants, tile in table:
-        print(line(row(name, tile, compile_kernel(kernel, constants, tile, args.capability))), flush=True)
+        print(line(row(f"triton {name}", tile, compile_kernel(kernel, constants, tile, args.capability))), flush=True)
     return 0
 
 

@@ -259,6 +259,7 @@ static py::dict gpu_layout() {
   layout["columns_at_once"] = lopt::kColumns;
   layout["injected_size"] = sizeof(lopt::Injected<float>) / sizeof(float);
   layout["partials"] = lopt::gpu::kPartials;
+  layout["pack"] = lopt::gpu::kPack;
   layout["tile"] = lopt::gpu::kTile;
   layout["largest_level"] = lopt::gpu::kLargestLevel;
   return layout;

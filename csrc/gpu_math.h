@@ -68,16 +68,22 @@ struct Math<Pack<float, P>> {
   static LOPT_HD Number log(const Number& x) {
     return Number::map([](float x) { return Special::log2(x) * 0x1.62e430p-1f; }, x);
   }
-  static LOPT_HD Number magnitude(const Number& x, float most) {
-    return Number::map([most](float x) { return fminf(fabsf(x), most); }, x);
+
+  // log(|x| + sqrt(x^2 + 1)) with the sign of x; near 0, where that cancels, an odd polynomial. Beyond 1e18, where the square
+  // would overflow, constant. Coefficients are those of csrc/simd.h.
+  static LOPT_HD Number asinh(const Number& x) {
+    return Number::map(
+        [](float x) {
+          const float magnitude = fminf(fabsf(x), 1e18f), square = magnitude * magnitude, above = square + 1;
+          const float large = Special::log2(fmaf(above, Special::rsqrt(above), magnitude)) * 0x1.62e430p-1f;
+          float p = fmaf(square, -0x1.b21d24p-7f, 0x1.cda0dep-6f);
+          p = fmaf(p, square, -0x1.6b9be8p-5f);
+          p = fmaf(p, square, 0x1.332530p-4f);
+          p = fmaf(p, square, -0x1.555536p-3f);
+          return copysignf(large < 0.48f ? fmaf(p * square, magnitude, magnitude) : large, x);
+        },
+        x);
   }
-  static LOPT_HD Number below(const Number& x, float limit, const Number& yes, const Number& no) {
-    return Number::map([limit](float x, float yes, float no) { return x < limit ? yes : no; }, x, yes, no);
-  }
-  static LOPT_HD Number with_sign(const Number& x, const Number& sign) {
-    return Number::map([](float x, float sign) { return copysignf(x, sign); }, x, sign);
-  }
-  static LOPT_HD Number asinh(const Number& x) { return lopt::LOPT_ISA::asinh<Math>(x); }
 };
 
 // 16-bit formats: to float exactly, from float to nearest even.

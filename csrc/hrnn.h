@@ -7,11 +7,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "dtype.h"
 #include "hrnn_step.h"
 
 namespace lopt {
-
-enum class Dtype : int { f32, f64, bf16, f16 };
 
 struct Config {
   int tensor_size;   // hidden units of the per-tensor GRU, 0 without one

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace lopt::gpu {
 
 #define LOPT_ADVANCE_COLUMNS(X)                                                                                        \
@@ -22,15 +24,17 @@ struct SummaryColumn { enum { LOPT_SUMMARY_COLUMNS(LOPT_COLUMN) COUNT }; };
 struct ApplyColumn { enum { LOPT_APPLY_COLUMNS(LOPT_COLUMN) COUNT }; };
 #undef LOPT_COLUMN
 
-enum class Dtype : int { f32, f64, bf16, f16 };
-
 constexpr int kPartials = 32;        // row length of the partial sums, at least their number
 constexpr int kLargestLevel = 1024;  // hidden units of a tensor or global GRU
 constexpr int kOutputs = 30;         // of the parameter GRU: reset gates, update gates, candidates
+#ifndef LOPT_GPU_PACK
+#define LOPT_GPU_PACK 4  // 2 compiles too, for less code and fewer registers: bench/gpu.sh compares
+#endif
+constexpr int kPack = LOPT_GPU_PACK;  // parameters that a thread of `advance` handles together
 constexpr int kTile = 512;           // parameters: chunks are multiples of it
 
 struct Advance {
-  const int64_t* table;  // [AdvanceColumn::COUNT, tensors]
+  const int64_t* table;   // [AdvanceColumn::COUNT, tensors]
   const int32_t* chunks;  // [chunk_count], each one's tensor
   int tensors, chunk_count;
   const float* weights;  // Weights<float> of hrnn_step.h, the products' zero where the configuration has none

@@ -6,13 +6,14 @@
 //     apply       per parameter: move, decay the weights
 //
 // Cut: every tensor into chunks of a few tiles, a block per chunk (per tensor in `summarise`). In a tile each thread has kPack
-//   neighbouring parameters if the tensor's size is a multiple of 4 and its state aligned: 16-byte loads and stores. Otherwise
-//   it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the cache.
+//   neighbouring parameters if the tensor's size is a multiple of that and its state aligned: 16-byte loads and stores for 4 of
+//   them. Otherwise it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the cache.
 // Memory, in bytes per parameter with a float gradient and parameter: prepare 4 (the gradient), advance 160 (gradient 4, state
-//   in and out 2 * 76, update 4) or with a compact state 88, apply 12. Meta-parameters are in shared memory and read four at a time, as broadcasts.
+//   in and out 2 * 76, update 4) or with a compact state 88, apply 12. Meta-parameters are in shared memory and read four at a
+//   time, as broadcasts.
 // Sums over a tensor are of partial sums per chunk, in the order of the chunks: two runs are bitwise equal.
 //
-// Registers and instructions: `python -m lopt.bench.sass`. Tests: tests/backends/test_cuda.py, tests/kernels/test_hrnn.py.
+// Registers and instructions: `python -m lopt.bench.sass`. Tests: tests/kernels/test_hrnn.py. Time: bench/gpu.sh.
 #pragma once
 
 #include <cstddef>
@@ -26,13 +27,9 @@ namespace lopt::LOPT_ISA {
 
 using gpu::AdvanceColumn;
 using gpu::ApplyColumn;
-using gpu::Dtype;
 using gpu::SummaryColumn;
 
-#ifndef LOPT_GPU_PACK
-#define LOPT_GPU_PACK 4
-#endif
-constexpr int kPack = LOPT_GPU_PACK;  // parameters of a thread in a tile
+using gpu::kPack;
 constexpr int kAligned = 4 * kPack;   // bytes of them in a row of floats
 constexpr int kAdvanceThreads = 128;  // of a block
 constexpr int kAdvanceBlocks = kPack == 4 ? 2 : 3;  // of a multiprocessor, at least: as many as registers allow without spills
@@ -475,6 +472,14 @@ LOPT_HD float column_of(const float* sums, int j, bool products) {
   return j == log_ms + kTimescales ? sums[kHidden + kRelativeLogLr] : sums[kHidden + kFeatures + j - log_ms - kTimescales - 1];
 }
 
+// A structure of 4-byte words, by `threads` threads.
+template <class T>
+LOPT_HD void copy_words(T* to, const void* from, int thread, int threads) {
+  for (int at = 4 * thread; at < int(sizeof(T)); at += 4 * threads)
+    std::memcpy(__builtin_assume_aligned(reinterpret_cast<char*>(to) + at, 4),
+                __builtin_assume_aligned(static_cast<const char*>(from) + at, 4), 4);
+}
+
 template <class V, bool compact, class B>
 LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>& shared) {
   if (*args.skip != 0) return;
@@ -492,11 +497,8 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>&
   const bool vector = tensor.n % kPack == 0 && aligned(tensor.hidden, Several::bytes) && aligned(tensor.accum, Several::bytes) &&
                       aligned(tensor.ms, Several::bytes) && aligned(tensor.log_lr, kAligned);
   block.each([&](int thread) {
-    float* const weights = reinterpret_cast<float*>(&shared.weights);
-    float* const injected = reinterpret_cast<float*>(&shared.injected);
-    constexpr int kWeights = sizeof(Weights<float>) / sizeof(float), kInjected = sizeof(Injected<float>) / sizeof(float);
-    for (int i = thread; i < kWeights; i += B::threads) weights[i] = args.weights[i];
-    for (int i = thread; i < kInjected; i += B::threads) injected[i] = args.injected[index * kInjected + i];
+    copy_words(&shared.weights, args.weights, thread, B::threads);
+    copy_words(&shared.injected, reinterpret_cast<const Injected<float>*>(args.injected) + index, thread, B::threads);
   });
   block.each([&](int thread) {
     float sums[kSums] = {};

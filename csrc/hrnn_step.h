@@ -76,25 +76,6 @@ namespace LOPT_ISA {
 template <class Number>
 struct Math;
 
-template <class M, class Number, class... Coefficients>
-LOPT_HD Number polynomial(const Number& x, const Number& sum, float next, Coefficients... rest) {
-  if constexpr (sizeof...(rest) == 0)
-    return M::fma(sum, x, next);
-  else
-    return polynomial<M>(x, M::fma(sum, x, next), rest...);
-}
-
-// log(|x| + sqrt(x^2 + 1)) with the sign of x; near 0, where that cancels, an odd polynomial. The former is accurate to
-// 1.2e-7 in absolute terms, so it is good enough from .48 on. Beyond 1e18, where the square would overflow, constant.
-// `M` has, beside log and rsqrt, magnitude(x, most) = min(|x|, most), below(x, limit, yes, no) and with_sign(x, sign).
-template <class M, class Number>
-LOPT_HD Number asinh(const Number& x) {
-  const Number magnitude = M::magnitude(x, 1e18f), square = magnitude * magnitude, above = square + 1;
-  const Number large = M::log(M::fma(above, M::rsqrt(above), magnitude));
-  const Number p = polynomial<M>(square, Number(-0x1.b21d24p-7f), 0x1.cda0dep-6f, -0x1.6b9be8p-5f, 0x1.332530p-4f, -0x1.555536p-3f);
-  return M::with_sign(M::below(large, 0.48f, M::fma(p * square, magnitude, magnitude), large), x);
-}
-
 // One step of one parameter. `Io` reads its state and takes the results, the sums over parameters included:
 //     Number grad(), log_lr(), hidden(int), accum(int), ms(int)
 //     void put_hidden(int, Number), put_accum(..), put_ms(..), put_feature(..), put_log_lr(Number),
@@ -115,7 +96,7 @@ struct Step {
   static constexpr int kInputs = kHidden + V::features;
   Number log_lr;
   Number input[kHidden + V::features + kHidden];  // hidden state | features | reset gate * hidden state
-  Number power[3 * kHidden];  // pre-activations of reset gates, update gates, candidates; then of the latter e^-x, e^-2x
+  Number power[3 * kHidden];  // pre-activations of reset gates, update gates, candidates; then e^-x, e^-x, e^-2x of them
 
   // Parts of `input`. Functions: a pointer to its own arrays would keep the object out of registers.
   LOPT_HD Number& hidden(int i) { return input[i]; }
@@ -125,10 +106,7 @@ struct Step {
   LOPT_HD Step(const Weights<Real>& w, const Injected<Real>& tensor, Io& io) : w(w), tensor(tensor), io(io) {}
 
   static LOPT_HD Number bounded_exp2(const Number& x) { return M::exp2(M::min(x, kLargest)); }
-  // 1 + 2^x to divide by
-  static LOPT_HD Number sigmoid_denominator(const Number& x) {
-    return (M::divides_by_infinity ? M::exp2(x) : bounded_exp2(x)) + 1;
-  }
+  static constexpr int kUnbounded = M::divides_by_infinity ? kHidden : 0;  // reset gates: 1 + 2^x is only divided by
 
   // Moving averages of the gradient and of their squares, and the features made of them. Both decays are read out of the
   // hidden state that the last step left.
@@ -139,8 +117,8 @@ struct Step {
       grad_decay = M::fma(h, w.decay[i][kGrad], grad_decay);
       scale_decay = M::fma(h, w.decay[i][kScale], scale_decay);
     }
-    grad_decay = tensor.started ? M::ratio(1, sigmoid_denominator(grad_decay)) : Number(0);
-    scale_decay = tensor.started ? M::ratio(1, sigmoid_denominator(scale_decay)) : Number(0);
+    grad_decay = tensor.started ? M::ratio(1, bounded_exp2(grad_decay) + 1) : Number(0);
+    scale_decay = tensor.started ? M::ratio(1, bounded_exp2(scale_decay) + 1) : Number(0);
 
     const Number grad = io.grad();
     Number log_ms[kTimescales];
@@ -179,8 +157,9 @@ struct Step {
 
   LOPT_HD void gates() {
     LOPT_LOOP for (int k = 0; k < 2 * kGroups; k++) affine(w.gru[k], tensor.bias[k], input, power + k * kColumns);
-    LOPT_LOOP for (int i = 0; i < kHidden; i++) reset(i) = M::ratio(hidden(i), sigmoid_denominator(power[i]));
-    LOPT_LOOP for (int i = kHidden; i < 2 * kHidden; i++) power[i] = bounded_exp2(power[i]);
+    LOPT_LOOP for (int i = 0; i < kUnbounded; i++) power[i] = M::exp2(power[i]);
+    LOPT_LOOP for (int i = kUnbounded; i < 2 * kHidden; i++) power[i] = bounded_exp2(power[i]);
+    LOPT_LOOP for (int i = 0; i < kHidden; i++) reset(i) = M::ratio(hidden(i), power[i] + 1);
   }
 
   // Candidate, new state and what is read out of it: direction, log lr and update.

@@ -113,6 +113,13 @@ def test_cuda_architectures_translate_to_flags(recipe, archs, flags):
     assert recipe["cuda_archs"](archs) == flags
 
 
+def test_cuda_is_compiled_for_the_architectures_that_nvcc_knows(recipe, monkeypatch):
+    names = recipe["default_archs"].__globals__
+    monkeypatch.setitem(names, "run", lambda command: (True, "sm_75 sm_80 sm_86 sm_90"))
+    assert recipe["default_archs"](["nvcc"]) == "80,90"
+    assert recipe["default_archs"]([]) == "all-major"
+
+
 def test_metadata_has_one_version_and_bounds_torch():
     assert importlib.metadata.version("lopt") == lopt.__version__
     metadata = importlib.metadata.metadata("lopt")

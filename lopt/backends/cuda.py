@@ -27,7 +27,6 @@ CHUNK = 4096  # fewest parameters beyond that: enough to pay for adding up the s
 OLDEST = (8, 0)  # compute capability: shared memory, and what setup.py compiles for
 
 
-@functools.cache
 def unusable() -> str | None:
     """Why this backend cannot run on this machine, or None."""
     if reason := native.absent():

@@ -29,7 +29,8 @@ SCHEMAS = {
         Tensor(c!)[] log_lr_mean, Tensor(d!)[] step, *, SymInt[] numel, Tensor skip, Tensor(e!) scale) -> ()""",
     "apply": """(
         str backend, str config, Tensor meta, Tensor(a!)[] params, Tensor(b!)[] true_param, Tensor update,
-        Tensor? attention_update, Tensor scale, Tensor[] log_lr_mean, *, Tensor lr, float[] weight_decay, Tensor skip) -> ()""",
+        Tensor? attention_update, Tensor scale, Tensor[] log_lr_mean, *, Tensor lr,
+        float[] weight_decay, Tensor skip) -> ()""",
 }
 
 DEVICES = ("CPU", "CUDA")  # keys of PyTorch's dispatcher

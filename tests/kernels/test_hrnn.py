@@ -335,6 +335,24 @@ def test_a_configuration_without_kernels_is_refused_by_name(options):
     assert triton.unsupported(HRNNConfig(**options)) is not None
 
 
+@pytest.mark.skipif(INTERPRETED or native.absent() is not None, reason="there is nothing to choose between")
+def test_cuda_tensors_take_cuda_then_triton_then_the_reference(monkeypatch):
+    monkeypatch.setattr(cuda, "unusable", lambda: None)
+    monkeypatch.setattr(triton, "unusable", lambda: None)
+    assert backends.choose(GPU, HRNNConfig()) is cuda
+    assert backends.choose(GPU, HRNNConfig(), "triton") is triton
+    assert backends.choose(GPU, HRNNConfig(timescales=3)) is reference
+    monkeypatch.setattr(cuda, "unusable", lambda: "no nvcc at install")
+    assert backends.choose(GPU, HRNNConfig()) is triton
+    with pytest.raises(RuntimeError, match="'cuda' cannot be used: no nvcc at install"):
+        backends.choose(GPU, HRNNConfig(), "cuda")
+
+
+@pytest.mark.skipif(native.absent() is None and not native.left_out().get("cuda"), reason="CUDA kernels were built")
+def test_cuda_kernels_that_were_left_out_say_why_and_the_cure():
+    assert "Reinstall lopt with" in (cuda.unusable() or "")
+
+
 def test_neither_interpretation_nor_emulation_is_chosen_unasked():
     assert backends.choose(CPU, HRNNConfig()).__name__ not in (triton.__name__, cuda.__name__)
     for name in ("cuda",) if INTERPRETED else ("cuda", "triton"):
