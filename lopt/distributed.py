@@ -143,12 +143,12 @@ def placements(param: DTensor, outer: int) -> list[Any]:
 
 def spread(param: DTensor, value: Tensor, outer: int) -> Tensor:
     """A state to load, a whole tensor or a DTensor, sharded like `param` with `outer` leading dimensions more."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    wanted = placements(param, outer)
-    if is_dtensor(value):
-        return value.redistribute(param.device_mesh, wanted)
-    return distribute_tensor(value, param.device_mesh, wanted, src_data_rank=None)
+    mesh = param.device_mesh
+    if not is_dtensor(value):
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return value.redistribute(mesh, placements(param, outer))
 
 
 def any_sharded(params: Sequence[Tensor]) -> bool:

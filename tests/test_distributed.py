@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -37,7 +38,7 @@ from lopt.state import rows
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 WORLD = 2
-TIMEOUT = 100  # seconds, of the whole program; a check that waits in vain ends after half of it
+TIMEOUT = 300  # seconds, of the whole program; a check that waits in vain ends after half of it
 PAPER = MetaParams.init(HRNNConfig(), seed=1)
 ATTENTION = MetaParams.init(HRNNConfig(attention=True), seed=1)
 BACKENDS = [
@@ -487,22 +488,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_run(model, optimizer, folder / "one", layout)
     torch.save(content(optimizer), folder / "one.pt")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            said, _ = process.communicate(timeout=TIMEOUT)
-            (folder / f"said-{rank}.txt").write_text(said)
-    finally:
+    with contextlib.ExitStack() as files:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", __file__, str(rank), str(folder)],
+                env=environment,
+                stdout=files.enter_context(open(folder / f"said-{rank}.txt", "w")),
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(WORLD)
+        ]
+        end = time.monotonic() + TIMEOUT
         for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
             process.kill()
             process.wait()
     return folder

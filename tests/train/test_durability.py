@@ -1,0 +1,150 @@
+"""A run of `lopt train` that is killed again and again, or has no room to write, ends as if nothing had been.
+
+LOPT_KILLS sets how often the run is killed, 6 by default.
+"""
+
+import argparse
+import contextlib
+import errno
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lopt.train import TrainError, checkpoint, command, models, plots
+from lopt.train.loop import read_metrics
+
+KILLS = int(os.environ.get("LOPT_KILLS", "6"))
+STEPS = 40
+OPTIONS = ["--steps", STEPS, "--batch-size", 8, "--log-every", 5, "--eval-every", 20, "--checkpoint-every", 2]
+OPTIONS += ["--threads", 1, "--weight-decay", 0.01, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "draw", lambda path, title, runs: None)
+    monkeypatch.setitem(models.OWN, "preresnet8", (4, 8, 16))
+
+
+def parsed(*options: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lopt train")
+    command.add_arguments(parser)
+    return parser.parse_args([str(option) for option in options])
+
+
+def run(*options: object) -> int:
+    return command.run(parsed(*options))
+
+
+def run_for(seconds: float, *options: object) -> int | None:
+    """Exit code of a run in a process of its own, forked to save its start; None if it was killed after `seconds`."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            code = run(*options)
+        finally:
+            os._exit(code)  # without the cleaning up of the tests' process
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `folder`; skips the test where that is not allowed."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a small tmpfs: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_parameters_of_one_that_was_not(
+    tmp_path: Path, assert_same_run: Callable[[Path, Path], None]
+) -> None:
+    assert run(*OPTIONS, "--out", tmp_path / "whole") == 0  # with all imports, which a forked process has done
+    begin = time.monotonic()
+    assert run_for(math.inf, *OPTIONS, "--out", tmp_path / "twin") == 0
+    duration = time.monotonic() - begin
+    assert_same_run(tmp_path / "whole", tmp_path / "twin")
+    moments, killed, reached = random.Random(KILLS), 0, []
+    folder = tmp_path / "killed"
+    while killed < KILLS or folder.exists():
+        begun = (folder / "config.json").exists()
+        if not begun and folder.exists():
+            shutil.rmtree(folder)  # nothing of a run is there yet, but maybe a part of its configuration
+        seconds = moments.uniform(0, duration) if killed < KILLS else math.inf
+        code = run_for(seconds, *(["--resume", folder] if begun else [*OPTIONS, "--out", folder]))
+        if code is None:
+            killed += 1
+            if (folder / "checkpoint.pt").exists():
+                reached.append(checkpoint.load(folder / "checkpoint.pt")["step"])
+        else:
+            assert code == 0
+            assert_same_run(tmp_path / "whole", folder)
+            shutil.rmtree(folder)
+    assert any(0 < step < STEPS for step in reached)  # some moments were those of training
+
+
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_more_room_lets_it_go_on(tmp_path: Path) -> None:
+    assert run(*OPTIONS, "--steps", 1, "--out", tmp_path / "whole") == 0
+    size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, f"{(size * 5 // 2) // 1024}k"):
+        folder = disk / "run"
+        assert run(*OPTIONS, "--steps", 4, "--schedule", "constant", "--out", folder) == 0
+        filler = disk / "filler"
+        filler.write_bytes(bytes(size))  # what is left is too little for another checkpoint beside the first
+        before = (folder / "checkpoint.pt").read_bytes()
+        with pytest.raises(
+            TrainError, match=r"checkpoint of step 6 cannot be written .*No space left.*still holds the"
+        ):
+            run("--resume", folder, "--steps", STEPS)
+        assert (folder / "checkpoint.pt").read_bytes() == before
+        assert not list(folder.glob("*.tmp"))
+        filler.unlink()
+        assert run("--resume", folder, "--steps", STEPS) == 0
+        assert checkpoint.load(folder / "checkpoint.pt")["step"] == STEPS
+
+
+def test_a_folder_that_became_read_only_ends_the_run_with_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*OPTIONS, "--steps", 4, "--schedule", "constant", "--out", folder) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real = open
+
+    def read_only(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if str(path).startswith(str(folder)) and set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(TrainError, match=r"cannot be written \(.*Read-only file system.*make .* writable"):
+        run("--resume", folder, "--steps", 8)
+    monkeypatch.setattr("builtins.open", real)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run("--resume", folder, "--steps", 8) == 0
+    assert int(read_metrics(folder / "metrics.csv")[-1][0]) == 8
