@@ -93,7 +93,7 @@ def saved_bytes(bench: Bench) -> float:
         storages.clear()
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            flat = bench.meta.flat().requires_grad_()
+            flat = bench.meta.flat().detach().requires_grad_()
             named = MetaParams.from_flat(bench.meta.config, flat)
             world.restart(named)
             unroll = world.unroll(named, bench.steps, derivatives=1)

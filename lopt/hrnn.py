@@ -576,7 +576,7 @@ class HRNN(Optimizer):
         updates = [torch.empty(sum(sizes), **like) for _ in range(1 + self.config.attention)]
         return _Plan(
             backend=backend,
-            meta=self.meta.to(**like),
+            meta=MetaParams.from_flat(self.config, self.meta.to(**like).flat()),  # one vector, as operators take it
             sizes=sizes,
             skip=torch.zeros((), **like),
             update=updates[0],

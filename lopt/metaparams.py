@@ -101,7 +101,9 @@ class MetaParams(Mapping[str, Tensor]):
         if len(kinds) != 1 or not next(iter(tensors.values())).is_floating_point():
             raise ValueError(f"meta-parameters must share one floating dtype and device, got {sorted(map(str, kinds))}")
         self.config = config
+        self.config_text = config.to_json()
         self._tensors = {name: tensors[name] for name in expected}
+        self._flat: Tensor | None = None  # the vector that the tensors are views of, if they are
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -205,6 +207,8 @@ class MetaParams(Mapping[str, Tensor]):
 
     def flat(self) -> Tensor:
         """All meta-parameters in one vector, [count], in the order of `shapes`; differentiable."""
+        if self._flat is not None:
+            return self._flat
         return torch.cat([tensor.reshape(-1) for tensor in self._tensors.values()])
 
     @classmethod
@@ -221,9 +225,10 @@ class MetaParams(Mapping[str, Tensor]):
                 f"a flat vector of shape ({count},) is needed for this configuration, got {tuple(flat.shape)}"
             )
         parts = flat.split([math.prod(shape) for shape in shapes.values()])
-        return cls(
-            config, {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        )
+        tensors = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        meta = cls(config, tensors)
+        meta._flat = flat
+        return meta
 
     def save(self, path: str | os.PathLike[str], *, card: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file with the configuration in its metadata, atomically.

@@ -7,7 +7,6 @@ as text. Eager code calls the kernels directly: this way round costs more than t
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -36,15 +35,22 @@ SCHEMAS = {
 DEVICES = ("CPU", "CUDA")  # keys of PyTorch's dispatcher
 
 
-@functools.lru_cache(maxsize=16)
-def _config(text: str) -> HRNNConfig:
-    return HRNNConfig.from_json(text)
+_known: dict[str, tuple[Tensor, int, MetaParams]] = {}  # by configuration: flat view, its version, meta-parameters
+
+
+def _meta(config: str, flat: Tensor) -> MetaParams:
+    """The operands' meta-parameters, the same object as long as they are the same tensor: kernels pack each object."""
+    known, version, meta = _known.get(config, (flat, -1, None))
+    if meta is None or known.data_ptr() != flat.data_ptr() or version != flat._version:
+        meta = MetaParams.from_flat(HRNNConfig.from_json(config), flat)
+        _known[config] = flat, flat._version, meta
+    return meta
 
 
 def _define(stage: str, schema: str) -> None:
     def kernel(backend: str, config: str, meta: Tensor, *args: Any, **kwargs: Any) -> None:
         module = importlib.import_module(f"lopt.backends.{backend}")
-        getattr(module, stage)(MetaParams.from_flat(_config(config), meta), *args, **kwargs)
+        getattr(module, stage)(_meta(config, meta), *args, **kwargs)
 
     name = f"lopt::hrnn_{stage}"
     torch.library.define(name, "".join(schema.split("\n")))
@@ -59,16 +65,16 @@ for _stage, _schema in SCHEMAS.items():
 
 def advance(backend: str, meta: MetaParams, *args: Any, **kwargs: Any) -> None:
     """Stage 1 as one operator; see `lopt.backends.reference.advance`."""
-    torch.ops.lopt.hrnn_advance(backend, meta.config.to_json(), meta.flat(), *args, **kwargs)
+    torch.ops.lopt.hrnn_advance(backend, meta.config_text, meta.flat(), *args, **kwargs)
 
 
 def summarise(backend: str, meta: MetaParams, *args: Any, **kwargs: Any) -> None:
     """Stage 2 as one operator; see `lopt.backends.reference.summarise`."""
-    torch.ops.lopt.hrnn_summarise(backend, meta.config.to_json(), meta.flat(), *args, **kwargs)
+    torch.ops.lopt.hrnn_summarise(backend, meta.config_text, meta.flat(), *args, **kwargs)
 
 
 def apply(backend: str, meta: MetaParams, *args: Any, lr: Sequence[float | Tensor] | Tensor, **kwargs: Any) -> None:
     """Stage 3 as one operator; see `lopt.backends.reference.apply`."""
     like = kwargs["skip"]
     rates = [rate.reshape(()).to(like) if isinstance(rate, Tensor) else like.new_tensor(rate) for rate in lr]
-    torch.ops.lopt.hrnn_apply(backend, meta.config.to_json(), meta.flat(), *args, lr=torch.stack(rates), **kwargs)
+    torch.ops.lopt.hrnn_apply(backend, meta.config_text, meta.flat(), *args, lr=torch.stack(rates), **kwargs)

@@ -243,6 +243,21 @@ def test_operators_do_what_the_direct_calls_do():
     assert torch.equal(direct.global_hidden, through.global_hidden)
 
 
+def test_a_compiled_step_is_one_graph_and_equals_the_eager_one():
+    def run(compiled: bool) -> Tensor:
+        params = [torch.linspace(-1, 1, n).requires_grad_() for n in (5, 40)]
+        optimizer = HRNN(params, weight_decay=0.01, backend="cpu")
+        generator = torch.Generator().manual_seed(7)
+        for step in range(4):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            # The first step, which makes the state, is an ordinary one.
+            (torch.compile(optimizer.step, fullgraph=True) if compiled and step else optimizer.step)()
+        return torch.cat([param.detach() for param in params])
+
+    assert torch.equal(run(True), run(False))
+
+
 def test_a_step_allocates_nothing_that_grows_with_the_model():
     resource = pytest.importorskip("resource")
     n = 4_000_000
