@@ -82,13 +82,13 @@ class HRNN(Optimizer):
     """Hierarchical-RNN learned optimizer: a small GRU per parameter, tensor and model reads gradients, writes updates.
 
     Wichrowska et al. 2017, "Learned Optimizers that Scale and Generalize". Direction and step length of each parameter
-    are what the meta-parameters make of its gradients: trained ones adapt the step length while the model trains,
-    untrained ones (`MetaParams.init`, the default where none are shipped) take RMS-normalised steps of init_lr / e.
+    are what the meta-parameters make of its gradients: trained ones, as are shipped, adapt the step length while the
+    model trains; untrained ones (`MetaParams.init()`) take RMS-normalised steps of init_lr / e.
 
     Args:
         params: parameters or parameter groups, real or complex, any floating dtype; the state is float32.
         lr: factor of the learned step, a float or a tensor with one element. Leave it at 1.0; schedules scale it.
-        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: the default ones.
+        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: the latest of these.
         init_lr: learning rate that every parameter starts from.
         weight_decay: decoupled, in AdamW's units: a step shrinks a tensor by lr * weight_decay * its learned rate.
         maximize: climb instead of descend.

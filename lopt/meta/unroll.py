@@ -240,11 +240,7 @@ class Mix:
 
     def _factor(self, square: Tensor) -> Tensor | float:
         """[R, T] mean square of the direction -> [R, n]."""
-        return (
-            self.segments.expand(1 / torch.sqrt(square + DIRECTION_EPS))
-            if self.config.dynamic_output_scale
-            else 1.0
-        )
+        return self.segments.expand(1 / torch.sqrt(square + DIRECTION_EPS)) if self.config.dynamic_output_scale else 1.0
 
     def _relative_to(self, log_lr_mean: Tensor | None) -> Tensor | None:
         """[R, T] -> [R, T], what each tensor's log lr is measured from."""
@@ -370,9 +366,7 @@ class World:
         begin = self.mix.problems.bounds[p][0]
         of_task = random.log_uniform(rows, 1, low=augment.lr[0], high=augment.lr[1]).log()
         for size in task.sizes:
-            own = (
-                of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
-            )
+            own = of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
             log_lr[:, begin : begin + size] = own
             self.scale[:, begin : begin + size] = random.log_uniform(
                 rows, 1, low=augment.scale[0], high=augment.scale[1]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lopt import HRNN, backends
+from lopt.state import FORMATS
 from lopt.train import TrainError, models
 from lopt.train.data import Digits, ImageFolder, open_data
 from lopt.train.loop import OPTIMIZERS, SCHEDULES, Config, StopRequest, Training, read_metrics
@@ -25,7 +26,7 @@ DEFAULT_BATCH = {True: 64, False: 128}
 SMALL_IMAGE = 32  # what a folder's images become for a model that takes any size
 ROWS = 400  # in metrics.csv, about, when --log-every does not say
 
-CHANGEABLE = ("steps", "device", "backend", "threads", "workers", "checkpoint_every", "compare")
+CHANGEABLE = ("steps", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--schedule", choices=SCHEDULES, help="of lr over the run (default: cosine)")
     how.add_argument("--meta", metavar="NAME|FILE", help="hrnn: learned weights (default: the shipped ones)")
+    how.add_argument("--state-format", choices=FORMATS, help="hrnn: 76 or, compact, 40 bytes of state per parameter")
     how.add_argument("--backend", metavar="NAME", help="hrnn: reference, cpu, triton or cuda (default: the fastest)")
     how.add_argument(
         "--compare",
@@ -151,7 +153,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
     optimizer = args.optimizer or "hrnn"
     choice = OPTIMIZERS[optimizer]
     if optimizer != "hrnn":
-        for option in ("init_lr", "meta", "backend"):
+        for option in ("init_lr", "meta", "state_format", "backend"):
             if getattr(args, option) is not None:
                 flag = "--" + option.replace("_", "-")
                 raise TrainError(f"{flag} is for --optimizer hrnn, not {optimizer}: leave it out")
@@ -185,6 +187,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
         classes=data.classes,
         init_lr=args.init_lr,
         meta=str(Path(meta).resolve()) if meta and Path(meta).is_file() else meta,
+        state_format=args.state_format,
         backend=args.backend,
         checkpoint_every=args.checkpoint_every,
         compare=_rivals(args.compare or (), optimizer),
@@ -246,6 +249,7 @@ def _rival_config(config: Config, rival: str) -> Config:
         weight_decay=choice.weight_decay,
         init_lr=None,
         meta=None,
+        state_format=None,
         backend=None,
         compare=(),
     )
@@ -310,8 +314,10 @@ def _announce(training: Training, folder: Path) -> None:
     tensors = training.parameters
     details = [f"lr {config.lr:g} ({config.schedule})", f"weight decay {config.weight_decay:g}"]
     if isinstance(training.optimizer, HRNN):
-        chosen = backends.choose(training.device, training.optimizer.config, config.backend).__name__.rpartition(".")[2]
-        details += [f"init_lr {training.optimizer.defaults['init_lr']:g}", f"backend {chosen}"]
+        own = training.optimizer
+        backend = backends.choose(training.device, own.config, config.backend, own.state_format)
+        details += [f"init_lr {own.defaults['init_lr']:g}", f"{own.state_format} state"]
+        details += [f"backend {backend.__name__.rpartition('.')[2]}"]
     epochs = config.steps * config.batch_size / data.train_count
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
     where = config.device + (threads if config.device == "cpu" else "")

@@ -70,6 +70,7 @@ class Config:
     classes: int
     init_lr: float | None = None
     meta: str | None = None
+    state_format: str | None = None  # of HRNN; None: its default
     backend: str | None = None
     checkpoint_every: int | None = None  # None: by time
     compare: tuple[str, ...] = ()
@@ -93,7 +94,8 @@ class Config:
 
 
 def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    given: dict[str, Any] = {} if config.init_lr is None else {"init_lr": config.init_lr}
+    options = {"init_lr": config.init_lr, "state_format": config.state_format}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     optimizer = HRNN(
         model.parameters(),
         lr=config.lr,
@@ -102,7 +104,8 @@ def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         backend=config.backend,
         **given,
     )
-    backends.choose(torch.device(config.device), optimizer.config, config.backend)  # raises here, not at the first step
+    # Raises here, not at the first step.
+    backends.choose(torch.device(config.device), optimizer.config, config.backend, optimizer.state_format)
     return optimizer
 
 
