@@ -492,8 +492,8 @@ class HRNN(Optimizer):
                 continue
             if shard.numel() == 0:  # the stages get one value that counts for nothing in place of none
                 for name, size in sizes.items():
-                    like = {"dtype": kinds[name].dtype(self.state_format), "device": shard.device}
-                    held[name] = torch.zeros(*([size] if size else []), 1, **like)
+                    shape = (1,) if size is None else (size, 1)
+                    held[name] = torch.zeros(shape, dtype=kinds[name].dtype(self.state_format), device=shard.device)
                 shard, grad = shard.new_zeros(1), grad.new_zeros(1)
             tensors += (shard, grad, *self._read_state(held))
             groups.append(group_of[param])

@@ -111,7 +111,8 @@ class _Followed:
         if not same or not all(map(_is, self._lists, lists)):
             self._lists = [list(tensors) for tensors in lists]
             self._addresses = [first, *(list(map(_address, tensors)) for tensors in lists[1:])]
-            self.sizes, self.strides = [list(map(read, lists[-1])) for read in (Tensor.numel, Tensor.stride)]
+            self.sizes = list(map(Tensor.numel, lists[-1]))
+            self.strides = [tensor.stride() for tensor in lists[-1]]
         return self._addresses
 
 
