@@ -23,7 +23,6 @@ from torch import Tensor
 from lopt import native
 from lopt.backends import coverage, ops
 from lopt.backends.coverage import DTYPES
-from lopt.backends.cpu_flat import advance_flat as advance_flat
 from lopt.config import FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, HRNNConfig
 from lopt.metaparams import MetaParams
 from lopt.state import strides

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lopt.backends import reference
+from lopt.backends import cpu_flat, reference
 from lopt.backends.cpu_flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
@@ -29,15 +29,9 @@ Meta = Mapping[str, Tensor]
 Advance = Callable[..., Advanced]
 
 
-def choose_advance(config: HRNNConfig, device: torch.device) -> Advance:
+def choose_advance(device: torch.device) -> Advance:
     """The fastest per-parameter stage that can be differentiated on a device."""
-    if device.type == "cpu":
-        try:
-            from lopt.backends import cpu
-        except ImportError:
-            return reference.advance_flat
-        return getattr(cpu, "advance_flat", reference.advance_flat)
-    return reference.advance_flat
+    return cpu_flat.advance_flat if device.type == "cpu" else reference.advance_flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +156,7 @@ class Mix:
             levels = (config.hidden_size, config.tensor_size + config.global_size)
         self._advance_config = dataclasses.replace(config, level_sizes=levels, relative_log_lr=relative)
         self._numel = self.segments.lengths.to(torch.get_default_dtype())
-        self.advance = choose_advance(config, self.device)
+        self.advance = choose_advance(self.device)
 
     def __len__(self) -> int:
         return len(self.tasks)

@@ -97,7 +97,7 @@ def test_one_step_agrees_with_the_reference_in_float64(name, sizes, batch):
     meta = make_meta(config, torch.float64)
     inputs = make_state(config, segments, torch.float64, batch)
     theirs = derivatives(reference.advance_flat, meta, config, segments, *inputs)
-    ours = derivatives(cpu.advance_flat, meta, config, segments, *inputs)
+    ours = derivatives(cpu_flat.advance_flat, meta, config, segments, *inputs)
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert distance(ours[key], value) < 1e-12, key
@@ -114,7 +114,7 @@ def test_gradcheck_in_float64(name):
 
     def advance(*values: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(by, values, strict=True))
-        new = cpu.advance_flat(
+        new = cpu_flat.advance_flat(
             {key: given.get(key, value) for key, value in meta.items()},
             config,
             segments,
@@ -146,7 +146,7 @@ def unroll(
         )
         theta = theta - segments.expand(summary.scale[..., 0]) * new.update
         loss = loss + theta.square().mean()
-        read_decays = cpu_flat.read_decays if advance is cpu.advance_flat else reference.read_decays
+        read_decays = cpu_flat.read_decays if advance is cpu_flat.advance_flat else reference.read_decays
         decays = read_decays(meta, config, new.hidden)
         state = FlatState(
             new.hidden,
@@ -167,7 +167,7 @@ def unroll(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_meta_gradients_of_an_unroll_agree_in_float32(name, batch):
     exact = unroll(reference.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, batch)
-    ours = unroll(cpu.advance_flat, CONFIGS[name], torch.float32, SIZES["mixed"], 20, batch)
+    ours = unroll(cpu_flat.advance_flat, CONFIGS[name], torch.float32, SIZES["mixed"], 20, batch)
     assert ours.keys() == exact.keys()
     worst = {key: distance(ours[key], value) for key, value in exact.items()}
     all_ours, all_exact = (torch.cat([values[key].double().flatten() for key in exact]) for values in (ours, exact))
@@ -178,7 +178,7 @@ def test_meta_gradients_of_an_unroll_agree_in_float32(name, batch):
 @pytest.mark.parametrize("name", ["default", "attention"])
 def test_float64_unroll_agrees(name):
     exact = unroll(reference.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, (2,))
-    ours = unroll(cpu.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, (2,))
+    ours = unroll(cpu_flat.advance_flat, CONFIGS[name], torch.float64, SIZES["mixed"], 20, (2,))
     for key, value in exact.items():
         assert distance(ours[key], value) < 1e-10, key
 
@@ -188,7 +188,7 @@ def test_the_clip_passes_gradients_as_if_it_were_not_there():
     meta = make_meta(config, torch.float64)
     inputs = make_state(config, segments, torch.float64, ())
     theirs = derivatives(reference.advance_flat, meta, config, segments, *inputs)
-    ours = derivatives(cpu.advance_flat, meta, config, segments, *inputs)
+    ours = derivatives(cpu_flat.advance_flat, meta, config, segments, *inputs)
     for key, value in theirs.items():
         assert distance(ours[key], value) < 1e-12, key
     assert ours["log_lr.bias"] != 0
@@ -199,7 +199,7 @@ def test_meta_parameters_of_their_own_for_each_row():
     meta = {name: value.detach() for name, value in make_meta(config, torch.float32, batch=(3,)).items()}
     grad, state = make_state(config, segments, torch.float32, (3,))
     with torch.no_grad():
-        ours = cpu.advance_flat(meta, config, segments, grad, state)
+        ours = cpu_flat.advance_flat(meta, config, segments, grad, state)
         theirs = reference.advance_flat(meta, config, segments, grad, state)
     for ours_, theirs_ in zip(ours, theirs, strict=True):
         if theirs_ is not None:
@@ -211,7 +211,7 @@ def test_second_order_goes_to_the_reference():
     meta = make_meta(config, torch.float64)
     grad, state = make_state(config, segments, torch.float64, ())
     grad.requires_grad_()
-    new = cpu.advance_flat(meta, config, segments, grad, state)
+    new = cpu_flat.advance_flat(meta, config, segments, grad, state)
     (slope,) = torch.autograd.grad(new.update.sum(), grad, create_graph=True)
     assert slope.requires_grad
 
@@ -224,7 +224,7 @@ def test_mean_squares_without_a_past():
     ms[:2, :20] = 0
     state = state._replace(ms=ms.requires_grad_())
     theirs = derivatives(reference.advance_flat, meta, config, segments, grad, state)
-    ours = derivatives(cpu.advance_flat, meta, config, segments, grad, state)
+    ours = derivatives(cpu_flat.advance_flat, meta, config, segments, grad, state)
     for key, value in theirs.items():
         assert distance(ours[key], value) < 1e-12, key
 
@@ -245,7 +245,7 @@ def test_what_a_step_keeps_for_its_derivative():
     kept, alive = [], []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for _ in range(steps):
-            new = cpu.advance_flat(meta, config, segments, grad.clone(), state)
+            new = cpu_flat.advance_flat(meta, config, segments, grad.clone(), state)
             alive.append(new)
             grad_decay, scale_decay = cpu_flat.read_decays(meta, config, new.hidden)
             state = state._replace(
@@ -273,7 +273,7 @@ def test_the_number_of_threads_changes_nothing(dtype):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             # The reference's own operations around the fused ones stay on one thread.
-            results.append(derivatives(cpu.advance_flat, meta, config, segments, *inputs))
+            results.append(derivatives(cpu_flat.advance_flat, meta, config, segments, *inputs))
     finally:
         torch.set_num_threads(threads)
     for key, value in results[0].items():
@@ -293,7 +293,7 @@ def test_every_instruction_set(isa):
     except ValueError as error:
         pytest.skip(str(error))
     try:
-        ours = derivatives(cpu.advance_flat, single, config, segments, grad, state)
+        ours = derivatives(cpu_flat.advance_flat, single, config, segments, grad, state)
     finally:
         native.load().use_isa("")
     for key, value in theirs.items():
@@ -302,10 +302,10 @@ def test_every_instruction_set(isa):
 
 def test_meta_training_uses_it():
     gradients = []
-    for advance in (cpu.advance_flat, reference.advance_flat):
+    for advance in (cpu_flat.advance_flat, reference.advance_flat):
         meta = make_meta(CONFIGS["default"], torch.float32, spread=0.02)
         mix = Mix([paper.Quadratic(3), networks.Linear(4, 3)], CONFIGS["default"])
-        assert mix.advance is cpu.advance_flat
+        assert mix.advance is cpu_flat.advance_flat
         mix.advance = advance
         world = World(mix, 2, Random(torch.Generator().manual_seed(0), repeat=1), Draw(1000), Augment(), Objective())
         world.restart(meta)
