@@ -28,7 +28,7 @@ from torch import Tensor
 import lopt
 from lopt import backends, native
 from lopt.bench.results import Row, append, commit, device_name, load, quantiles, today
-from lopt.bench.step import ADAMW_BYTES, HRNN_BYTES, Step, shapes_of, timer
+from lopt.bench.step import Step, bytes_moved, shapes_of, timer
 
 CASES = ("resnet50", "preresnet50", "inceptionv3", "vit_base_patch16_224")
 TIMM_NAMES = {"preresnet50": "resnetv2_50", "inceptionv3": "inception_v3"}  # where pytorchcv is not installed
@@ -59,16 +59,18 @@ def random_params(case: str) -> list[Tensor]:
 def contenders() -> dict[str, Make]:
     """Fused kernels of lopt, torch's AdamW and, where it is installed, pylo's CUDA optimizers."""
 
-    def hrnn(backend: str) -> Make:
-        return lambda params: lopt.HRNN(params, backend=backend, meta=lopt.MetaParams.init())
+    def hrnn(backend: str, state_format: str) -> Make:
+        meta = lopt.MetaParams.init()
+        return lambda params: lopt.HRNN(params, backend=backend, state_format=state_format, meta=meta)
 
     def adamw(**options: bool) -> Make:
         return lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True, **options)
 
     makes = {
-        f"hrnn {name}": hrnn(name)
+        f"hrnn {name}" if state_format == "float32" else f"hrnn {name} {state_format}": hrnn(name, state_format)
         for name, reason in backends.available().items()
         if reason is None and backends.BACKENDS[name].device == "cuda"
+        for state_format in backends.state_formats(name)
     }
     makes |= {"adamw fused": adamw(fused=True), "adamw foreach": adamw(foreach=True)}
     with contextlib.suppress(ImportError):
@@ -231,7 +233,7 @@ def summary(path: Path) -> str:
     for row in rows:
         if row.op == "copy":
             continue
-        moved = {"hrnn": HRNN_BYTES, "adamw": ADAMW_BYTES}.get(row.backend.partition(" ")[0], 0) * row.n / row.p50
+        moved = bytes_moved(row.backend) * row.n / row.p50
         rivals = [
             other.p50
             for other in rows

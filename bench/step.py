@@ -35,7 +35,7 @@ TIMM_MODELS = ("vit_base_patch16_224",)
 # Bytes that have to move per parameter and step, for the bandwidth column. HRNN: advance reads the gradient (4), reads
 # and writes hidden, accum, ms and log_lr (2 * 76), writes the update (4); apply reads it and the parameter and writes
 # that (12). The scan for non-finite gradients, which may find them in a cache, is not counted.
-HRNN_BYTES = 172
+HRNN_BYTES = {"float32": 20 + 2 * 76, "compact": 20 + 2 * 40}  # by the format of the state
 ADAMW_BYTES = 28
 
 Step = Callable[[], Any]
@@ -45,7 +45,6 @@ class Contender(NamedTuple):
     """A name, and how to make its step for given parameters with gradients."""
 
     name: str
-    bytes_per_parameter: int
     make: Callable[[list[Tensor]], Step]
 
 
@@ -73,8 +72,9 @@ def shapes_of(case: str) -> list[torch.Size]:
 def contenders(device: torch.device, case: str) -> list[Contender]:
     """Everything that can run on a device: usable backends, the compiled reference on plain sizes, torch's AdamW."""
 
-    def hrnn(backend: str) -> Callable[[list[Tensor]], Step]:
-        return lambda params: lopt.HRNN(params, backend=backend, meta=lopt.MetaParams.init()).step
+    def hrnn(backend: str, state_format: str = "float32") -> Callable[[list[Tensor]], Step]:
+        meta = lopt.MetaParams.init()
+        return lambda params: lopt.HRNN(params, backend=backend, state_format=state_format, meta=meta).step
 
     def adamw(**options: bool) -> Callable[[list[Tensor]], Step]:
         return lambda params: torch.optim.AdamW(params, lr=1e-3, **options).step
@@ -84,12 +84,24 @@ def contenders(device: torch.device, case: str) -> list[Contender]:
         for name, reason in backends.available().items()
         if reason is None and backends.BACKENDS[name].device in ("*", device.type)
     ]
-    entries = [Contender(f"hrnn {name}", HRNN_BYTES, hrnn(name)) for name in usable]
+    entries = [Contender(f"hrnn {name}", hrnn(name)) for name in usable]
+    entries += [
+        Contender(f"hrnn {name} compact", hrnn(name, "compact"))
+        for name in usable
+        if name != "reference" and "compact" in backends.state_formats(name)
+    ]
     if case in SIZES:
-        entries.append(Contender("hrnn compiled reference", HRNN_BYTES, compiled_reference))
-    entries.append(Contender("adamw fused", ADAMW_BYTES, adamw(fused=True)))
-    entries.append(Contender("adamw foreach", ADAMW_BYTES, adamw(foreach=True)))
+        entries.append(Contender("hrnn compiled reference", compiled_reference))
+    entries.append(Contender("adamw fused", adamw(fused=True)))
+    entries.append(Contender("adamw foreach", adamw(foreach=True)))
     return entries
+
+
+def bytes_moved(contender: str) -> int:
+    """Bytes per parameter that a step of a contender has to move, by its name; 0: not known."""
+    if contender.startswith("hrnn"):
+        return HRNN_BYTES["compact" if contender.endswith("compact") else "float32"]
+    return ADAMW_BYTES if contender.startswith("adamw") else 0
 
 
 def compiled_reference(params: list[Tensor]) -> Step:
@@ -208,7 +220,7 @@ def table(rows: list[Row]) -> str:
     lines = []
     median = {row.backend: row.p50 for row in rows}
     for row in rows:
-        bandwidth = (ADAMW_BYTES if "adamw" in row.backend else HRNN_BYTES) * row.n / row.p50
+        bandwidth = bytes_moved(row.backend) * row.n / row.p50
         spread = (row.p80 - row.p20) / row.p50
 
         def ratio(other: str, p50: float = row.p50) -> str:

@@ -44,6 +44,11 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name].module)
 
 
+def state_formats(name: str) -> tuple[str, ...]:
+    """Which of `lopt.state.FORMATS` a backend steps."""
+    return () if BACKENDS[name].module is None else _module(name).STATE_FORMATS
+
+
 def unusable(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None."""
     return _module(name).unusable()
@@ -59,7 +64,7 @@ def _obstacle(name: str, device: torch.device, config: HRNNConfig, state_format:
         return reason
     if BACKENDS[name].device not in ("*", device.type):
         return f"it runs on {BACKENDS[name].device} tensors and the parameters are on {device.type}"
-    if state_format not in _module(name).STATE_FORMATS:
+    if state_format not in state_formats(name):
         return f"it has no kernels for state_format={state_format!r}"
     return _module(name).unsupported(config)
 
