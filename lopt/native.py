@@ -6,6 +6,7 @@ is in lopt/_build.json, which setup.py writes beside the module.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -27,6 +28,20 @@ def load() -> ModuleType:
     if reason := absent():
         raise ImportError(reason)
     return importlib.import_module("lopt._C")
+
+
+def runnable() -> list[str]:
+    """Instruction sets that were compiled and that this processor runs, weakest first; none without lopt._C."""
+    if absent():
+        return []
+    module, isas = load(), []
+    chosen = module.isa()
+    for isa in module.compiled()["isas"]:
+        with contextlib.suppress(ValueError):
+            module.use_isa(isa)
+            isas.append(isa)
+    module.use_isa(chosen)
+    return isas
 
 
 @functools.cache

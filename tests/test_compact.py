@@ -16,20 +16,6 @@ META = MetaParams.init(HRNNConfig(), 1)
 ATTENTION = MetaParams.init(HRNNConfig(attention=True), 2)
 
 
-def runnable() -> list[str]:
-    if native.absent():
-        return []
-    isas = []
-    for isa in native.load().compiled()["isas"]:
-        try:
-            native.load().use_isa(isa)
-        except ValueError:
-            continue
-        isas.append(isa)
-    native.load().use_isa("")
-    return isas
-
-
 @pytest.fixture
 def emulated(monkeypatch):
     """The CUDA kernels, emulated on the CPU, where HRNN never chooses them."""
@@ -118,14 +104,14 @@ def test_updates_stay_within_two_thousandths_of_those_with_float32_state(backend
     assert optimizer.skipped_steps == 0
 
 
-@pytest.mark.skipif(not runnable(), reason="lopt._C is not built")
+@pytest.mark.skipif(not native.runnable(), reason="lopt._C is not built")
 @pytest.mark.parametrize("meta", [META, ATTENTION], ids=["default", "attention"])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 517])
 def test_kernel_makes_the_same_codes_as_the_reference(n, meta):
     """Where rounding of the float32 in between moves a number across a boundary, a code may be the next one."""
     grad = torch.randn(n, generator=torch.Generator().manual_seed(n)) * 1e-2
     results = {}
-    for isa in (None, *runnable()):
+    for isa in (None, *native.runnable()):
         native.load().use_isa(isa or "")
         param = torch.nn.Parameter(torch.zeros(n))
         optimizer = HRNN([param], meta=meta, state_format="compact", backend="cpu" if isa else "reference")
@@ -134,7 +120,7 @@ def test_kernel_makes_the_same_codes_as_the_reference(n, meta):
             optimizer.step()
         results[isa] = optimizer.state[param]
     native.load().use_isa("")
-    for isa in runnable():
+    for isa in native.runnable():
         for name in ("hidden", "ms"):
             difference = (results[isa][name].int() - results[None][name].int()).abs()
             assert difference.max() <= 2, (isa, name)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lopt import native
 from lopt.backends import coverage, ops
+from lopt.backends.addresses import Followed, addresses, are
 from lopt.backends.coverage import DTYPES
 from lopt.config import FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, HRNNConfig
 from lopt.metaparams import MetaParams
@@ -29,7 +30,6 @@ from lopt.state import strides
 
 STATE_FORMATS = ("float32", "compact")
 
-_address = Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
 
 
@@ -90,36 +90,31 @@ def _pack(meta: MetaParams) -> Any:
     return native.load().pack(options, {name: tensor.data_ptr() for name, tensor in tensors.items()})
 
 
-class _Followed:
-    """Addresses of lists of tensors that a stage gets at every step, read again where the tensors are others.
+class _Kept:
+    """What a stage keeps from step to step: the addresses of its lists of state.
 
-    Reading them is most of the time that Python takes for the step of a small model. The lists are state, which does
-    not move unless someone sets its `.data`; the addresses of the first list are compared, lest that be fatal.
+    State does not move unless someone sets its `.data`; the addresses of the first list are compared, lest that be
+    fatal.
     """
 
     def __init__(self, _: Tensor) -> None:
-        self._lists: list[list[Tensor]] = []
-        self._addresses: list[list[int]] = []
+        self._followed = Followed()
+        self._addresses: dict[int, list[int]] = {}
         self.sizes: list[int] = []  # of the tensors of the last list
         self.strides: list[tuple[int, ...]] = []  # of the tensors of the last list
         self.dense: list[tuple[int, ...]] = []  # strides of parameters that were all found to have no gaps
 
     def __call__(self, *lists: Sequence[Tensor]) -> list[list[int]]:
-        first = list(map(_address, lists[0]))
-        same = self._addresses and self._addresses[0] == first
-        if not same or not all(map(_is, self._lists, lists)):
-            self._lists = [list(tensors) for tensors in lists]
-            self._addresses = [first, *(list(map(_address, tensors)) for tensors in lists[1:])]
+        if self._addresses and addresses(lists[0]) != self._addresses[0]:
+            self._followed = Followed()
+        if changed := self._followed.changed(dict(enumerate(lists))):
+            self._addresses |= changed
             self.sizes = list(map(Tensor.numel, lists[-1]))
             self.strides = [tensor.stride() for tensor in lists[-1]]
-        return self._addresses
+        return [self._addresses.get(index, []) for index in range(len(lists))]
 
 
-def _is(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
-_advanced, _summarised, _applied = _Memo(_Followed), _Memo(_Followed), _Memo(_Followed)  # of a stage's buffer
+_advanced, _summarised, _applied = _Memo(_Kept), _Memo(_Kept), _Memo(_Kept)  # of a stage's buffer
 
 
 def _ordered(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -139,6 +134,7 @@ def _dense(param: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=param.dtype if param.dtype in DTYPES else torch.float32).copy_(param)
 
 
+@ops.traced("cpu")
 def advance(
     meta: MetaParams,
     grads: Sequence[Tensor],
@@ -160,43 +156,21 @@ def advance(
     sums: Tensor,
 ) -> None:
     """Stage 1, per parameter; see `lopt.backends.reference.advance`."""
-    if torch.compiler.is_compiling():
-        ops.advance(
-            "cpu",
-            meta,
-            grads,
-            hidden,
-            accum,
-            ms,
-            log_lr,
-            step,
-            tensor_hidden,
-            global_hidden,
-            log_lr_mean,
-            numel=numel,
-            maximize=maximize,
-            grad_scale=grad_scale,
-            skip=skip,
-            update=update,
-            attention_update=attention_update,
-            sums=sums,
-        )
-        return
-    followed = _advanced(sums)
-    addresses = followed(hidden, accum, ms, step, tensor_hidden, log_lr_mean, log_lr)
+    kept = _advanced(sums)
+    state = kept(hidden, accum, ms, step, tensor_hidden, log_lr_mean, log_lr)
     dtypes = list(map(DTYPES.get, map(_dtype, grads)))
-    if None in dtypes or list(map(Tensor.stride, grads)) != followed.strides:
+    if None in dtypes or list(map(Tensor.stride, grads)) != kept.strides:
         grads = _ordered(grads, log_lr)
         dtypes = list(map(DTYPES.get, map(_dtype, grads)))
     native.load().advance(
         _pack(meta),
         hidden[0].dtype == torch.int16,
-        list(map(_address, grads)),
+        addresses(grads),
         dtypes,
         list(maximize),
-        followed.sizes,
+        kept.sizes,
         list(numel),
-        *addresses,
+        *state,
         global_hidden.data_ptr(),
         0 if grad_scale is None else grad_scale.data_ptr(),
         skip.data_ptr(),
@@ -207,6 +181,7 @@ def advance(
     )
 
 
+@ops.traced("cpu")
 def summarise(
     meta: MetaParams,
     sums: Tensor,
@@ -220,11 +195,6 @@ def summarise(
     scale: Tensor,
 ) -> None:
     """Stage 2, per tensor and once; see `lopt.backends.reference.summarise`."""
-    if torch.compiler.is_compiling():
-        ops.summarise(
-            "cpu", meta, sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=scale
-        )
-        return
     native.load().summarise(
         _pack(meta),
         list(numel),
@@ -236,6 +206,7 @@ def summarise(
     )
 
 
+@ops.traced("cpu")
 def apply(
     meta: MetaParams,
     params: Sequence[Tensor],
@@ -250,34 +221,19 @@ def apply(
     skip: Tensor,
 ) -> None:
     """Stage 3, per parameter; see `lopt.backends.reference.apply`. As an operator it gets `lr` as one tensor."""
-    if torch.compiler.is_compiling():
-        ops.apply(
-            "cpu",
-            meta,
-            params,
-            true_param,
-            update,
-            attention_update,
-            scale,
-            log_lr_mean,
-            lr=lr,
-            weight_decay=weight_decay,
-            skip=skip,
-        )
-        return
-    followed, ordered = _applied(scale), params
-    addresses = followed(log_lr_mean, true_param)
+    kept, ordered = _applied(scale), params
+    state = kept(log_lr_mean, true_param)
     found = list(map(Tensor.stride, params))
     dtypes = list(map(DTYPES.get, map(_dtype, params)))
-    if None in dtypes or found != followed.dense:
+    if None in dtypes or found != kept.dense:
         ordered = [_dense(param) for param in params]
         dtypes = [DTYPES[param.dtype] for param in ordered]
-        followed.dense = found if _is(ordered, params) else []
+        kept.dense = found if are(ordered, params) else []
     native.load().apply(
-        list(map(_address, ordered)),
+        addresses(ordered),
         dtypes,
         list(map(Tensor.numel, ordered)),
-        *addresses,
+        *state,
         lr.tolist() if isinstance(lr, Tensor) else list(map(float, lr)),
         list(weight_decay),
         update.data_ptr(),

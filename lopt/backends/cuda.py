@@ -202,5 +202,4 @@ class Stages(gpu.Stages):
         native.load().gpu_apply(*_where(update), arguments)
 
 
-_stages = Stages()
-advance, summarise, apply = _stages.advance, _stages.summarise, _stages.apply
+advance, summarise, apply = Stages().functions()

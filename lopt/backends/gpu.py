@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lopt.backends import ops
+from lopt.backends.addresses import Followed, addresses, are
 from lopt.backends.coverage import DTYPES
 from lopt.backends.reference import sums_columns
 from lopt.config import FIXED_GRAD_DECAY, FIXED_SCALE_DECAY, HRNNConfig
@@ -227,14 +228,6 @@ class Table:
         self._table = table  # has its values when the graph runs: not valid outside of it
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def _is(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
 def _same_order(tensor: Tensor, order: Sequence[int]) -> bool:
     """Whether a tensor lies in memory like one with strides `order`."""
     found = tensor.stride()
@@ -256,22 +249,6 @@ def _kinds(tensors: Sequence[Tensor], what: str) -> list[int]:
             f"a {what} has dtype {error.args[0]}; fused kernels take {', '.join(map(str, DTYPES))}: "
             f"use backend='reference'"
         ) from None
-
-
-class Followed:
-    """Which tensors a table's columns held the addresses of; they are the optimizer's own, so they do not move."""
-
-    def __init__(self) -> None:
-        self._columns: dict[int, list[Tensor]] = {}
-
-    def changed(self, columns: dict[int, Sequence[Tensor]]) -> dict[int, list[int]]:
-        """Addresses for the columns that other tensors have come into."""
-        changed = {}
-        for index, tensors in columns.items():
-            if not _is(tensors, self._columns.get(index, [])):
-                self._columns[index] = list(tensors)
-                changed[index] = _addresses(tensors)
-        return changed
 
 
 def _one_kind(kinds: Sequence[int]) -> int:
@@ -359,7 +336,7 @@ class Advance:
                 for grad, order in zip(grads, self.orders, strict=True)
             ]
         kinds = _kinds(grads, "gradient")
-        columns |= {AdvanceColumn.GRAD: _addresses(grads), AdvanceColumn.GRAD_DTYPE: kinds}
+        columns |= {AdvanceColumn.GRAD: addresses(grads), AdvanceColumn.GRAD_DTYPE: kinds}
         return grads, self.table.follow(columns), _one_kind(kinds)
 
 
@@ -423,10 +400,10 @@ class Apply:
                 else torch.empty_like(param).copy_(param)
                 for param in params
             ]
-            self.compact_strides = list(map(Tensor.stride, params)) if _is(compact, params) else []
+            self.compact_strides = list(map(Tensor.stride, params)) if are(compact, params) else []
         kinds = _kinds(params, "parameter")
         columns = {
-            ApplyColumn.PARAM: _addresses(compact),
+            ApplyColumn.PARAM: addresses(compact),
             ApplyColumn.PARAM_DTYPE: kinds,
             **self.state.changed({ApplyColumn.TRUE_PARAM: true_param, ApplyColumn.LOG_LR_MEAN: log_lr_mean}),
         }
@@ -460,6 +437,11 @@ class Stages:
 
     def __init__(self) -> None:
         self._kept = WeakTensorKeyDictionary()  # buffer of a stage -> Advance, Summarise or Apply
+
+    def functions(self) -> tuple[Callable[..., None], ...]:
+        """`advance`, `summarise` and `apply` as a backend's module has them."""
+        traced = ops.traced(self.name)
+        return traced(self.advance), traced(self.summarise), traced(self.apply)
 
     def pack(self, meta: MetaParams) -> Any:
         """Meta-parameters as the kernels read them, on their device."""
@@ -544,28 +526,6 @@ class Stages:
         sums: Tensor,
     ) -> None:
         """Stage 1, see lopt.backends.reference.advance. At a non-finite gradient a `skip` of 0 becomes 1."""
-        if torch.compiler.is_compiling():
-            ops.advance(
-                self.name,
-                meta,
-                grads,
-                hidden,
-                accum,
-                ms,
-                log_lr,
-                step,
-                tensor_hidden,
-                global_hidden,
-                log_lr_mean,
-                numel=numel,
-                maximize=maximize,
-                grad_scale=grad_scale,
-                skip=skip,
-                update=update,
-                attention_update=attention_update,
-                sums=sums,
-            )
-            return
         sizes = list(map(Tensor.numel, grads))
         state: dict[int, Sequence[Tensor]] = {
             AdvanceColumn.HIDDEN: hidden,
@@ -607,20 +567,6 @@ class Stages:
         scale: Tensor,
     ) -> None:
         """Stage 2, see lopt.backends.reference.summarise."""
-        if torch.compiler.is_compiling():
-            ops.summarise(
-                self.name,
-                meta,
-                sums,
-                tensor_hidden,
-                global_hidden,
-                log_lr_mean,
-                step,
-                numel=numel,
-                skip=skip,
-                scale=scale,
-            )
-            return
         state: dict[int, Sequence[Tensor]] = {
             SummaryColumn.TENSOR_HIDDEN: tensor_hidden or step,
             SummaryColumn.LOG_LR_MEAN: log_lr_mean,
@@ -652,21 +598,6 @@ class Stages:
         skip: Tensor,
     ) -> None:
         """Stage 3, see lopt.backends.reference.apply. As an operator's kernel it gets `lr` as one tensor."""
-        if torch.compiler.is_compiling():
-            ops.apply(
-                self.name,
-                meta,
-                params,
-                true_param,
-                update,
-                attention_update,
-                scale,
-                log_lr_mean,
-                lr=lr,
-                weight_decay=weight_decay,
-                skip=skip,
-            )
-            return
         sizes = list(map(Tensor.numel, params))
         with torch.cuda.device_of(update):
             kept = self._keep(update, lambda kept: kept.sizes == sizes, lambda: Apply(self, params, sizes))

@@ -7,8 +7,9 @@ as text. Eager code calls the kernels directly: this way round costs more than t
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,3 +79,21 @@ def apply(backend: str, meta: MetaParams, *args: Any, lr: Sequence[float | Tenso
     like = kwargs["skip"]
     rates = [rate.reshape(()).to(like) if isinstance(rate, Tensor) else like.new_tensor(rate) for rate in lr]
     torch.ops.lopt.hrnn_apply(backend, meta.config_text, meta.flat(), *args, lr=torch.stack(rates), **kwargs)
+
+
+def traced(backend: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a backend's stage one operator where torch.compile traces it; elsewhere it is called directly."""
+
+    def decorate(stage: Callable[..., None]) -> Callable[..., None]:
+        operator = {"advance": advance, "summarise": summarise, "apply": apply}[stage.__name__]
+
+        @functools.wraps(stage)
+        def either(meta: MetaParams, *args: Any, **kwargs: Any) -> None:
+            if torch.compiler.is_compiling():
+                operator(backend, meta, *args, **kwargs)
+            else:
+                stage(meta, *args, **kwargs)
+
+        return either
+
+    return decorate

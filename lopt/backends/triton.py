@@ -246,5 +246,4 @@ class Stages(gpu.Stages):
         )
 
 
-_stages = Stages()
-advance, summarise, apply = _stages.advance, _stages.summarise, _stages.apply
+advance, summarise, apply = Stages().functions()

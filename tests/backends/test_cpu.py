@@ -85,27 +85,6 @@ class Run:
         return torch.stack([self.updates[0] * scale * torch.exp(-log_lr), log_lr]).double()
 
 
-def runnable() -> list[str]:
-    """Instruction sets that were compiled and that this processor runs."""
-    isas = []
-    for isa in native.load().compiled()["isas"] if native.absent() is None else []:
-        try:
-            native.load().use_isa(isa)
-        except ValueError:
-            continue
-        isas.append(isa)
-    if isas:
-        native.load().use_isa("")
-    return isas
-
-
-@pytest.fixture(params=runnable())
-def isa(request):
-    native.load().use_isa(request.param)
-    yield request.param
-    native.load().use_isa("")
-
-
 def root_mean_square_errors(
     meta: MetaParams, sizes: list[int], steps: int, decades: tuple[float, float]
 ) -> dict[str, Tensor]:
@@ -115,7 +94,7 @@ def root_mean_square_errors(
         [2] for each instruction set and for "reference": the error of the direction and of the log rates.
     """
     truth = Run(reference, meta, sizes, torch.float64)
-    runs = {name: Run(cpu, meta, sizes) for name in runnable()} | {"reference": Run(reference, meta, sizes)}
+    runs = {name: Run(cpu, meta, sizes) for name in native.runnable()} | {"reference": Run(reference, meta, sizes)}
     generator = torch.Generator().manual_seed(2)
     squares = {name: torch.zeros(2, dtype=torch.float64) for name in runs}
     for _ in range(steps):

@@ -8,27 +8,6 @@ from lopt import native
 pytestmark = pytest.mark.skipif(native.absent() is not None, reason=str(native.absent()))
 
 
-def runnable() -> list[str]:
-    if native.absent():
-        return []
-    module, isas = native.load(), []
-    for isa in module.compiled()["isas"]:
-        try:
-            module.use_isa(isa)
-        except ValueError:
-            continue
-        isas.append(isa)
-    module.use_isa("")
-    return isas
-
-
-@pytest.fixture(params=runnable())
-def isa(request):
-    native.load().use_isa(request.param)
-    yield request.param
-    native.load().use_isa("")
-
-
 def apply(name: str, x: np.ndarray) -> np.ndarray:
     x, y = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.float32)
     native.load().map(name, x.ctypes.data, y.ctypes.data, len(x))

@@ -379,7 +379,7 @@ def test_a_table_is_sent_again_only_where_it_changed():
 
 def test_chunks_cover_every_parameter_once_and_are_whole_tiles_of_16_bytes():
     numels = [1, 511, 512, 513, 100_003, 40_000_000]
-    sizes = cuda._stages.chunk_sizes(numels) if native.absent() is None else triton._stages.chunk_sizes(numels)
+    sizes = (cuda if native.absent() is None else triton).Stages().chunk_sizes(numels)
     chunks = gpu.Chunks(numels, sizes, CPU)
     assert all(size % 4 == 0 for size in sizes)
     assert torch.bincount(chunks.of).tolist() == chunks.counts
