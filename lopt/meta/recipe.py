@@ -21,7 +21,7 @@ from lopt.meta.unroll import Augment, Draw, Objective, PaperObjective
 
 ESTIMATORS: dict[str, Callable[[Stage], Estimator]] = {
     "bptt": lambda stage: TruncatedBPTT(second_order=stage.second_order),
-    "pes": lambda stage: PES(stage.sigma),
+    "pes": lambda stage: PES(stage.sigma, stage.reuse),
     "es": lambda stage: ES(stage.sigma),
 }
 
@@ -42,6 +42,7 @@ class Stage:
         clip: largest global norm of the meta-gradient (adam), or largest absolute entry (rmsprop).
         warmup: meta-steps over which lr grows linearly. final_lr: share of lr at the end of a cosine; 1: constant.
         objective, augment, full_loss, clock: of the worlds.
+        sigma, reuse: of the noise of pes and es.
         sampled: take a new world of a random mix after this many episodes, instead of all mixes in turn.
     """
 
@@ -64,6 +65,7 @@ class Stage:
     clock: str = "steps"
     second_order: bool = False
     sigma: float = 0.01
+    reuse: int = 1
     sampled: int = 0
 
     def lr_at(self, step: int) -> float:
@@ -203,6 +205,22 @@ def noisy_mixes() -> list[list[Task]]:
     return _mixes(1.0, (12, 32))
 
 
+def hard_mixes() -> list[list[Task]]:
+    """The noisy ones and a mix of what is hard to train: deep narrow networks, long recurrences, few samples."""
+    relu, tanh = torch.relu, torch.tanh
+    return [
+        *noisy_mixes(),
+        [
+            nets.MLP((8,) * 6, relu, features=8, batch=24),
+            nets.MLP((10,) * 5, tanh, features=8, outputs=6, batch=16),
+            nets.Recurrent(6, 10, 8, batch=24),
+            nets.MLP((16, 16), relu, features=10, outputs=1, regression=True, samples=48, batch=16, noise=0.3),
+            nets.Conv((4, 4, 4), norm=False, batch=8),
+            nets.Linear(12, 8, samples=96, batch=16),
+        ],
+    ]
+
+
 def paper_mixes() -> list[list[Task]]:
     """Each of the original's 101 tasks alone."""
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
@@ -254,6 +272,29 @@ DEFAULT = Recipe(
     ),
 )
 
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-1`.
+REFINE = Recipe(
+    config=SHIPPED_CONFIG,
+    minutes=40,
+    validate_every=100,
+    stages=(
+        Stage(
+            "refine",
+            1200,
+            hard_mixes,
+            "pes",
+            rows=64,
+            reuse=20,
+            unroll=Draw(30),
+            episode=Draw(100, 2000),
+            lr=4e-4,
+            warmup=20,
+            final_lr=0.05,
+            objective=Objective(floor=1e-3, cap=2.0),
+        ),
+    ),
+)
+
 # The original draws initial log learning rates as u + o, uniform in [-6.9, -2.3] each; here they have the same mean and
 # standard deviations.
 PAPER = Recipe(
@@ -281,4 +322,4 @@ PAPER = Recipe(
     ),
 )
 
-RECIPES = {"default": DEFAULT, "paper": PAPER}
+RECIPES = {"default": DEFAULT, "refine": REFINE, "paper": PAPER}

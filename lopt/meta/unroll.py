@@ -325,7 +325,10 @@ class World:
         self.length = [0.0] * tasks  # 0: starts with the next unroll
         self.fresh = True
         self.restarts = 0  # of the first task
-        self.perturbation: Tensor | None = None  # PES: noise of each pair, of all processes, since its tasks' starts
+        # PES, of all processes: each pair's noise, for how many unrolls it has been, and its sum since the tasks' starts
+        self.noise: Tensor | None = None  # [R/2, M]
+        self.noise_age = 0
+        self.perturbation: Tensor | None = None  # [R/2, P, M]
         self.state = empty_state(config, rows, mix)
 
     def restart(self, meta: Meta) -> list[int]:
@@ -437,6 +440,8 @@ class World:
             "length",
             "fresh",
             "restarts",
+            "noise",
+            "noise_age",
             "perturbation",
         )
         return {name: getattr(self, name) for name in names} | {"state": tuple(self.state)}

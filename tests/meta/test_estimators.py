@@ -1,5 +1,7 @@
 """The estimators against each other where theory says they agree."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,14 +94,28 @@ def test_es_on_one_unroll_is_unbiased():
     assert mean_square_score(estimates, truth) < 2
 
 
-def test_pes_over_unrolls_is_unbiased_where_es_and_truncation_are_not():
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_pes_over_unrolls_is_unbiased(reuse):
     truth = whole_gradient()
-    estimates = samples(PES(0.003), UNROLLS, 256, 24)
+    estimates = samples(PES(0.003, reuse), UNROLLS, 256, 24)
     # 24 repeats: each score is a t variable of 23 degrees of freedom, mean square 1.1; the mean over 100 dependent
-    # meta-parameters stays below 2. The error that would be seen is stated by the bias of the others.
+    # meta-parameters stays below 2. The error that would be seen is stated by the bias of plain ES.
     assert mean_square_score(estimates, truth) < 2
     assert estimates.mean(0) @ truth / truth.norm() ** 2 == pytest.approx(1, abs=0.15)
-    assert mean_square_score(samples(ES(0.003), UNROLLS, 256, 24), truth) > 5
+
+
+def test_es_over_unrolls_is_biased():
+    assert mean_square_score(samples(ES(0.003), UNROLLS, 256, 24), whole_gradient()) > 5
+
+
+def test_pes_changes_its_noise_only_when_it_is_used_up():
+    own, estimator = world(Fixed(), 4, 2), PES(0.01, reuse=2)
+    noise = []
+    for _ in range(2 * UNROLLS):
+        estimator(meta(), own, STEPS)
+        noise.append(own.noise)
+    assert [a is b for a, b in itertools.pairwise(noise)] == [True, False, True, False, True]
+    torch.testing.assert_close(own.perturbation[:, 0], noise[3] + noise[5])  # restarted with the fourth unroll
 
 
 def test_pes_forgets_noise_at_a_restart():

@@ -33,7 +33,7 @@ def tiny(**options: object) -> Recipe:
         CONFIG,
         (
             Stage("first", 6, estimator="bptt", warmup=2, **common),
-            Stage("second", 6, estimator="pes", final_lr=0.1, objective=Objective(cap=2.0), **common),
+            Stage("second", 6, estimator="pes", reuse=2, final_lr=0.1, objective=Objective(cap=2.0), **common),
             Stage("third", 3, estimator="bptt", optimizer="rmsprop", second_order=True, sampled=1, **common),
         ),
         minutes=1,
