@@ -16,7 +16,7 @@ import torch
 from lopt import __version__
 from lopt.meta.distributed import Group
 from lopt.meta.meta_train import MetaTraining
-from lopt.meta.recipe import ABLATIONS, RECIPES, Recipe, ablated
+from lopt.meta.recipe import RECIPES, VARIANTS, Recipe, varied
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "recipe": "default",
     "minutes": None,
     "stages": None,
-    "ablate": [],
+    "variant": [],
     "seed": 0,
     "tasks": [],
     "start": None,
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages of the recipe")
     parser.add_argument(
-        "--ablate", nargs="+", choices=ABLATIONS, metavar="PART", help=f"leave out parts: {', '.join(ABLATIONS)}"
+        "--variant", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of the architecture: {', '.join(VARIANTS)}"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of everything (default 0)")
     parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="train on these tasks too")
@@ -121,7 +121,7 @@ def load_task(name: str) -> Task:
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
-    recipe = ablated(RECIPES[options["recipe"]].scaled(options["minutes"]), options["ablate"])
+    recipe = varied(RECIPES[options["recipe"]].scaled(options["minutes"]), options["variant"])
     if options["stages"] is None:
         return recipe
     named = {stage.name: stage for stage in recipe.stages}
@@ -140,7 +140,7 @@ def _positive(text: str) -> float:
 def _saved_options(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {name: content[name] if name != "ablate" else content.get(name, []) for name in DEFAULTS}
+        return {name: content.get(name, []) if name == "variant" else content[name] for name in DEFAULTS}
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
 

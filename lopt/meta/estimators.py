@@ -120,8 +120,8 @@ class ES(_EvolutionStrategy):
 class PES(_EvolutionStrategy):
     """Persistent evolution strategies: an unroll's loss is credited to all noise since the task's start.
 
-    Noise that stays for several unrolls adds up to less over an episode, and its effects to more: less variance, no bias
-    (Li, Swersky, Ryu, Xie, Zemel 2023, "Variance-Reduced Gradient Estimation via Noise-Reuse in Online Evolution
+    Noise that stays for several unrolls adds up to less over an episode, and its effects to more: less variance, no
+    bias (Li, Swersky, Ryu, Xie, Zemel 2023, "Variance-Reduced Gradient Estimation via Noise-Reuse in Online Evolution
     Strategies").
 
     Args:

@@ -100,19 +100,20 @@ class Recipe:
         return dataclasses.replace(self, stages=tuple(stages), minutes=minutes)
 
 
-ABLATIONS: dict[str, dict[str, Any]] = {  # name -> options of the architecture without that part
-    "tensor-rnn": {"level_sizes": (10,)},  # the global one reads the tensors' states and goes with it
-    "global-rnn": {"level_sizes": (10, 20)},
-    "timescales": {"timescales": 1, "gradient_products": False, "log_ms_features": False},
-    "shortcut": {"gradient_shortcut": False},
-    "relative-lr": {"relative_log_lr": None},
+VARIANTS: dict[str, dict[str, Any]] = {  # name -> options of the architecture
+    "no-tensor-rnn": {"level_sizes": (10,)},  # the global one reads the tensors' states and goes with it
+    "no-global-rnn": {"level_sizes": (10, 20)},
+    "one-timescale": {"timescales": 1, "gradient_products": False, "log_ms_features": False},
+    "no-shortcut": {"gradient_shortcut": False},
+    "no-relative-lr": {"relative_log_lr": None},
+    "attention": {"attention": True},
 }
 
 
-def ablated(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe for an architecture without some parts, names of `ABLATIONS`; everything else is the same."""
-    for name in sorted(names, key=list(ABLATIONS).index, reverse=True):
-        recipe = dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, **ABLATIONS[name]))
+def varied(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe for another architecture, names of `VARIANTS`; everything else is the same."""
+    for name in sorted(names, key=list(VARIANTS).index, reverse=True):
+        recipe = dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, **VARIANTS[name]))
     return recipe
 
 

@@ -325,10 +325,10 @@ class World:
         self.length = [0.0] * tasks  # 0: starts with the next unroll
         self.fresh = True
         self.restarts = 0  # of the first task
-        # PES, of all processes: each pair's noise, for how many unrolls it has been, and its sum since the tasks' starts
-        self.noise: Tensor | None = None  # [R/2, M]
-        self.noise_age = 0
-        self.perturbation: Tensor | None = None  # [R/2, P, M]
+        # Of PES and all processes.
+        self.noise: Tensor | None = None  # [R/2, M], of each pair
+        self.noise_age = 0  # unrolls
+        self.perturbation: Tensor | None = None  # [R/2, P, M], noise added up since the tasks' starts
         self.state = empty_state(config, rows, mix)
 
     def restart(self, meta: Meta) -> list[int]:
