@@ -275,8 +275,13 @@ class Conv(Network):
 
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """ "Same" convolution of each copy: [count, m, h, w, c], [count, k, k, c, out] -> [count, m, h, w, out]."""
-    count, m, height, width, _ = x.shape
-    k = kernel.shape[1]
+    count, m, height, width, channels = x.shape
+    k, outputs = kernel.shape[1], kernel.shape[-1]
+    if channels > 1:  # with a gradient by the input, PyTorch's grouped convolution is three times as fast as columns
+        images = x.permute(1, 0, 4, 2, 3).reshape(m, count * channels, height, width)
+        kernels = kernel.permute(0, 4, 3, 1, 2).reshape(count * outputs, channels, k, k)
+        y = F.conv2d(images, kernels, padding=k // 2, groups=count)
+        return y.view(m, count, outputs, height, width).permute(1, 0, 3, 4, 2)
     padded = F.pad(x, (0, 0, k // 2, k // 2, k // 2, k // 2))
     shifted = [padded[:, :, i : i + height, j : j + width] for i in range(k) for j in range(k)]
     columns = torch.cat(shifted, -1).view(count, m * height * width, -1)
