@@ -8,6 +8,13 @@ The stages of a step see local shards. What they need of the other processes is 
     Shards.sum  between `advance` and `summarise`: the sums over whole tensors, 96 bytes per tensor for the default
                 architecture. What follows of them is the same on every process.
 
+There are two because `advance` makes the sums in the very pass over memory that overwrites the state, and what it
+overwrites follows neither from the new state nor from the gradient. For a flag that came with the sums, a copy of the
+state would have to be kept, or a second pass made: 76 bytes per parameter, to save a message that is mostly latency.
+On two gloo processes of one busy machine with two cores, for the 161 tensors of ResNet-50, `agree` sends for 0.4 to
+8 ms and `Shards.sum` for 0.5 to 4 ms (least and median), beside a step of 1.6 to 2.3 s. On a mesh of several dimensions
+each of the two is one all-reduce for every dimension along which a tensor is sharded.
+
 Every process takes part in both at every step, whatever gradients it has, so none waits for another in vain. A
 gradient that is missing here and present elsewhere counts as zero here; one that is missing everywhere leaves its
 parameter alone. All processes list the same parameters in the same order.
@@ -105,8 +112,10 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; other tensors as they are."""
     if not is_dtensor(tensor):
         return tensor
-    shard = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return shard.wait() if hasattr(shard, "wait") else shard  # it may still be on its way from another process
+    shard = tensor.to_local()
+    if hasattr(shard, "wait"):  # it may still be on its way from another process
+        shard = shard.wait()
+    return shard.detach()  # of the shard: of a DTensor it costs ten times as much
 
 
 def like(param: DTensor, shard: Tensor, outer: int) -> Tensor:

@@ -1,7 +1,8 @@
 """lopt.HRNN under torch.distributed: what two processes compute is what one computes.
 
 Run as a program, `python test_distributed.py RANK FOLDER`, this file is one of the two processes that the tests start
-once: it goes through all CHECKS and leaves what became of each in FOLDER.
+once: it goes through all CHECKS and leaves what became of each in FOLDER. With `alone` in place of RANK it is a process
+without others, which passes a checkpoint on.
 """
 
 import contextlib
@@ -444,8 +445,6 @@ def a_checkpoint_of_two_processes_is_resumed_on_two(folder: Path) -> None:
         optimizer = HRNN(model.parameters(), meta=PAPER)
         train(optimizer, 3)
         save_run(model, optimizer, folder / "two", layout)
-        if dist.get_rank() == 0:
-            (folder / "two").mkdir(exist_ok=True)
         torch.save(content(optimizer), folder / f"two-{dist.get_rank()}.pt")
         other = shard(build(seed=9))
         resumed = HRNN(other.parameters(), meta=PAPER)
@@ -453,6 +452,30 @@ def a_checkpoint_of_two_processes_is_resumed_on_two(folder: Path) -> None:
         for either in (optimizer, resumed):
             train(either, range(3, 6))
         assert_equal(content(optimizer), content(resumed))
+
+
+@on_two_processes
+def a_checkpoint_of_two_processes_is_resumed_on_one_and_then_on_two(folder: Path) -> None:
+    if dist.get_rank() == 0:
+        subprocess.run([sys.executable, "-W", "ignore", __file__, "alone", str(folder)], check=True)
+    dist.barrier()
+    for layout in ("nested", "flat"):
+        model = shard(build(seed=9))
+        optimizer = HRNN(model.parameters(), meta=PAPER)
+        load_run(model, optimizer, folder / "passed on", layout)
+        assert_equal(content(optimizer), torch.load(folder / "two-0.pt", weights_only=True))
+        train(optimizer, range(3, 5))
+
+
+def pass_on(folder: Path) -> None:
+    """Load on one process what two have saved, and save it again."""
+    for layout in ("nested", "flat"):
+        model = build(seed=9)
+        optimizer = HRNN(model.parameters(), meta=PAPER)
+        load_run(model, optimizer, folder / "two", layout)
+        assert_equal(content(optimizer), torch.load(folder / "two-0.pt", weights_only=True))
+        save_run(model, optimizer, folder / "passed on", layout)
+        train(optimizer, range(3, 5))
 
 
 def main(rank: int, folder: Path) -> None:
@@ -519,15 +542,6 @@ def test_on_two_processes(check: str, folder: Path) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("layout", ["nested", "flat"])
-def test_a_checkpoint_of_two_processes_is_resumed_on_one(layout: str, folder: Path) -> None:
-    model = build(seed=9)
-    optimizer = HRNN(model.parameters(), meta=PAPER)
-    load_run(model, optimizer, folder / "two", layout)
-    assert_equal(content(optimizer), torch.load(folder / "two-0.pt", weights_only=True))
-    train(optimizer, range(3, 5))
-
-
 def test_parameters_of_one_process_never_communicate() -> None:
     with counted() as sizes:
         train(HRNN(build().parameters(), meta=PAPER), 2)
@@ -535,4 +549,7 @@ def test_parameters_of_one_process_never_communicate() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "alone":
+        pass_on(Path(sys.argv[2]))
+    else:
+        main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -446,10 +446,19 @@ def test_tied_weights_are_one_parameter(place):
             self.decode.weight = self.encode.weight
 
     model = Tied().to(place.device)
-    optimizer = place.hrnn(model.parameters())
-    train(optimizer, 2)
-    assert len(optimizer.state) == 2
+    weight, bias = (nn.Parameter(param.detach().clone()) for param in (model.encode.weight, model.decode.bias))
+    words = torch.tensor([0, 3, 3, 1], device=place.device)
+    optimizers = place.hrnn(model.parameters()), place.hrnn([weight, bias])
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model.decode(model.encode(words)).square().sum().backward()
+        nn.functional.linear(nn.functional.embedding(words, weight), weight, bias).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(optimizers[0].state) == 2
     assert model.decode.weight is model.encode.weight
+    assert_same(content(optimizers[0]), content(optimizers[1]))
 
 
 def test_an_empty_group_and_a_frozen_integer_parameter_do_no_harm(place):
@@ -548,6 +557,21 @@ def test_gradients_are_never_written(place):
         assert param.grad is grad
         assert torch.equal(grad, value)
         assert grad._version == version
+
+
+def test_an_expanded_gradient_steps_like_its_values_written_out(place):
+    results = []
+    for written_out in (False, True):
+        params = place.params()
+        optimizer = place.hrnn(params, weight_decay=0.1)
+        for step in range(3):
+            give_gradients(params, step)
+            for param in params:
+                grad = param.grad.flatten()[0].expand_as(param)
+                param.grad = grad.clone(memory_format=torch.contiguous_format) if written_out else grad
+            optimizer.step()
+        results.append(content(optimizer))
+    assert_same(*results)
 
 
 def layouts(base: Tensor) -> dict[str, Tensor]:

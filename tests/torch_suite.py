@@ -3,8 +3,9 @@
     python tests/torch_suite.py PYTORCH/test/test_optim.py [options of unittest, such as -v or -k NAME]
 
 The file is not part of the wheel of PyTorch: take it from the sources of the installed version. Its TestOptimRenewed
-runs once for each line of ENTRIES. SKIPPED names what does not hold for a learned optimizer, and why; the contracts of
-the other tests are checked by tests/test_hrnn.py and tests/test_contracts.py as well, without that file.
+runs once for each of `entries`: the fastest backend on each device, and by name every other one that can run here.
+SKIPPED names what does not hold for a learned optimizer, and why; the contracts of the other tests are checked by
+tests/test_hrnn.py and tests/test_contracts.py as well, without that file.
 
 The exit code is 0 if no test failed.
 """
@@ -47,11 +48,15 @@ INPUTS: tuple[dict[str, Any], ...] = (
 )
 
 
-class HRNNReference(HRNN):
-    """HRNN on the reference backend, whatever kernels there are."""
+def on_backend(name: str) -> type[HRNN]:
+    """HRNN on one backend, whatever others there are."""
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(params, *args, **{"backend": "reference"} | kwargs)
+    class OnBackend(HRNN):
+        def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(params, *args, **{"backend": name} | kwargs)
+
+    OnBackend.__name__ = f"HRNN{name.capitalize()}"
+    return OnBackend
 
 
 def inputs(device: Any = None, dtype: Any = None) -> list[OptimizerInput]:
@@ -59,26 +64,35 @@ def inputs(device: Any = None, dtype: Any = None) -> list[OptimizerInput]:
     return [OptimizerInput(params=None, kwargs=dict(options), desc=str(options)) for options in INPUTS]
 
 
-def fused_on() -> tuple[str, ...]:
-    """Types of device on which HRNN takes a fused kernel here."""
+def fastest() -> dict[str, str]:
+    """Type of device -> name of the backend that HRNN takes on it here."""
+    names = {backend.module: name for name, backend in backends.BACKENDS.items()}
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    chosen = {device: backends.choose(torch.device(device), HRNNConfig()).__name__ for device in devices}
-    return tuple(device for device, name in chosen.items() if not name.endswith(".reference"))
+    return {device: names[backends.choose(torch.device(device), HRNNConfig()).__name__] for device in devices}
 
 
 def entries() -> list[OptimizerInfo]:
-    """HRNN with the fastest backend and, for itself, the reference."""
+    """HRNN with the fastest backend, and with each other usable one by its name."""
     skips = [DecorateInfo(unittest.skip(reason), SUITE, name) for name, reason in SKIPPED.items()]
     common: dict[str, Any] = {
         "optim_inputs_func": inputs,
         "optim_error_inputs_func": common_optimizers.get_error_inputs_for_all_optims,
         "not_og_supported_flags": ("maximize", "capturable", "fused", "init_lr", "train_mode"),
         "has_capturable_arg": True,
-        "skips": skips,
     }
-    fused = fused_on()
-    kernels = [OptimizerInfo(HRNN, supported_impls=("fused",), supports_fused_on=fused, **common)] if fused else []
-    return [*kernels, OptimizerInfo(HRNNReference, supported_impls=(), **common)]
+    chosen = fastest()
+    fused = tuple(device for device, name in chosen.items() if name != "reference")
+    infos = [OptimizerInfo(HRNN, supported_impls=("fused",), supports_fused_on=fused, skips=skips, **common)]
+    for name, reason in backends.available().items():
+        home = backends.BACKENDS[name].device
+        if reason is None and chosen.get(home) != name:
+            elsewhere = [
+                DecorateInfo(unittest.skip(f"the {name} backend runs on {home} tensors"), SUITE, device_type=device)
+                for device in chosen
+                if home not in ("*", device)
+            ]
+            infos.append(OptimizerInfo(on_backend(name), supported_impls=(), skips=skips + elsewhere, **common))
+    return infos if fused else infos[1:]
 
 
 def load(path: Path) -> types.ModuleType:

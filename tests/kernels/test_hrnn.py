@@ -480,6 +480,35 @@ def test_sums_over_many_chunks_agree_with_the_reference(target):
         assert error(value, right.values()[key]) < AGREE, key
 
 
+@kernel_test
+@pytest.mark.parametrize("state_format", ["float32", "compact"])
+def test_a_tensor_of_equal_parts_is_stepped_alike_in_all_of_them(target, state_format):
+    """On a GPU there are so many that offsets into the state need 64 bits."""
+    if state_format not in target.module.STATE_FORMATS:
+        pytest.skip(f"{target.name} has no kernels for the {state_format} state")
+    size, copies = (1 << 20, 206) if target.device == GPU else (1 << 10, 3)
+    generator = torch.Generator().manual_seed(0)
+    values, grad = (torch.randn(size, generator=generator).to(target.device) for _ in range(2))
+    whole, part = torch.nn.Parameter(values.repeat(copies)), torch.nn.Parameter(values.clone())
+    if target.device == GPU:
+        assert HRNNConfig().hidden_size * whole.numel() > 2**31
+        needed = 160 * whole.numel()  # more than the state: the compact one is made from the float32 one
+        if (free := torch.cuda.mem_get_info()[0]) < needed:
+            pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
+    for param in (whole, part):
+        optimizer = lopt.HRNN([param], meta=MetaParams.init(seed=3), backend=target.name, state_format=state_format)
+        for _ in range(2):
+            param.grad = grad.repeat(param.numel() // size)
+            optimizer.step()
+        for name, value in {"param": param.detach(), **optimizer.state[param]}.items():
+            if value.numel() >= size:
+                parts = value.reshape(-1, param.numel() // size, size)
+                assert all(torch.equal(parts[:, i], parts[:, 0]) for i in (1, -1) if parts.shape[1] > 1), name
+    assert not torch.equal(part, values)
+    # Means over more values are rounded otherwise: their error is a part AGREE of a step, which is about init_lr.
+    torch.testing.assert_close(whole.detach()[:size], part.detach(), rtol=2**-23, atol=AGREE * 1e-3)
+
+
 def model_on_gpu(target: Target, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, lopt.HRNN, Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(65, 129), torch.nn.ReLU(), torch.nn.Linear(129, 1)).to(

@@ -47,6 +47,27 @@ def test_imagenet_models_have_their_published_size(name: str, parameters: int, t
     assert (size(model), image_size, channels) == ((parameters, tensors), native, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "native"),
+    [
+        ("timm:resnet18", 11_689_512, 224),
+        ("timm:vit_tiny_patch16_224", 5_717_416, 224),
+        ("torchvision:resnet18", 11_689_512, 224),
+        ("torchvision:inception_v3", 27_161_264, 299),
+    ],
+)
+def test_models_of_other_packages_have_their_published_size(name: str, parameters: int, native: int) -> None:
+    package = name.split(":")[0]
+    pytest.importorskip(
+        package, reason=f"{package} that fits torch is not installed", exc_type=(ImportError, RuntimeError)
+    )
+    with torch.device("meta"):
+        model, image_size, channels = build(name, classes=1000, channels=1, image_size=None)
+    assert (size(model)[0], image_size, channels) == (parameters, native, 3)
+    with pytest.raises(TrainError, match=f"'{package}:no_such_model'"):
+        build(f"{package}:no_such_model", classes=10, channels=3, image_size=None)
+
+
 @needs_pytorchcv
 def test_another_image_size_leaves_the_native_result_unchanged() -> None:
     torch.manual_seed(0)
