@@ -5,7 +5,7 @@
 // AVX-512 replaces several, it is used behind __AVX512F__; everything else is portable.
 //
 // Error bounds, in units in the last place against the exact value, tested by tests/csrc/test_simd.py:
-//     exp2    3      log     2 (absolute 1.2e-7 where |log x| < 1)      asinh   5
+//     exp2    3 (1.1 without AVX-512)      log     2 (absolute 1.2e-7 where |log x| < 1)      asinh   5
 //     rsqrt   2      ratio   1 (0.5: IEEE division)                     sqrt    0.5 (IEEE)
 // Subnormal numbers may count as zero: the callers switch them off, since a forgotten gradient's average decays into them
 // and each operation on one would cost a hundred cycles.
@@ -41,6 +41,12 @@ constexpr int kWidth = 4;
 constexpr bool kManyRegisters = true;  // 32
 #else
 constexpr bool kManyRegisters = false;  // 16
+#endif
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFuses = true;  // a * b + c is one instruction, rounded once
+#else
+constexpr bool kFuses = false;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
@@ -206,7 +212,7 @@ struct Math<Pack<Vec, P>> {
     const Number bounded = min(max(x, -126.f), 0x1.fffffep+6f);
     const float magic = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
     const Number shifted = bounded + magic, f = bounded - (shifted - magic);
-    const Number p = polynomial(f, 0x1.5c08e6p-10f, 0x1.3d0c54p-7f, 0x1.c6b6e4p-5f, 0x1.ebf918p-3f, 0x1.62e428p-1f, 0x1.000002p+0f);
+    const Number p = polynomial(f, 0x1.3f907ap-13f, 0x1.5f0a68p-10f, 0x1.3b30b0p-7f, 0x1.c6af78p-5f, 0x1.ebfbd8p-3f, 0x1.62e430p-1f, 1.f);
     return Number::map(
         [](Vec p, Vec shifted) { return bits_of<Vec>(bits_of<Ints>(p) + (bits_of<Ints>(shifted) << 23)); }, p, shifted);
 #endif
@@ -217,7 +223,9 @@ struct Math<Pack<Vec, P>> {
     const Number exponent = Number::map(log_exponent, x), f = Number::map(log_mantissa, x) - 1;
     const Number p = polynomial(f, -0x1.5f6fb8p-5f, 0x1.a53c56p-4f, -0x1.0dfac8p-3f, 0x1.296640p-3f, -0x1.54fefap-3f,
                                 0x1.9959ccp-3f, -0x1.ffff14p-3f, 0x1.5555d0p-2f, -0x1.000002p-1f);
-    return fma(exponent, 0x1.62e430p-1f, fma(p, f * f, f));
+    const Number mantissa = fma(p, f * f, f);
+    if constexpr (kFuses) return fma(exponent, 0x1.62e430p-1f, mantissa);
+    return exponent * 0x1.62e4p-1f + (exponent * 0x1.7f7d1cp-20f + mantissa);  // the first product is exact
   }
 
   // log(|x| + sqrt(x^2 + 1)) with the sign of x; near 0, where that cancels, an odd polynomial. The former is accurate to

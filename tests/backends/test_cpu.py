@@ -109,9 +109,9 @@ def root_mean_square_errors(
 
 
 def assert_close_to_float64(errors: dict[str, Tensor]) -> None:
-    """At most twice as far as the float32 reference; three times on v2, which rounds each product before adding it."""
+    """At most twice as far as the float32 reference, and an eighth more on v2, which rounds products before it adds."""
     for name, error in errors.items():
-        assert torch.all(error <= (3 if name == "v2" else 2) * errors["reference"]), errors
+        assert torch.all(error <= (2.25 if name == "v2" else 2) * errors["reference"]), errors
 
 
 @pytest.mark.parametrize("name", CONFIGS)
