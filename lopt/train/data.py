@@ -151,8 +151,8 @@ class Digits:
 
 
 class Synthetic:
-    """Normal noise with random labels in ImageNet's 1000 classes, to measure the speed of everything but data; it teaches
-    nothing. Every step gets the same images, made once and kept on the device."""
+    """Normal noise with random labels in 1000 classes, to measure the speed of everything but data; it teaches nothing.
+    Every step gets the same images, made once and kept on the device."""
 
     name = "synthetic"
     classes = 1000

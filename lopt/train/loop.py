@@ -52,6 +52,8 @@ class Training:
     def __init__(self, config: Config, data: Data, group: Group = ALONE) -> None:
         self.config, self.data, self.group = config, data, group
         self.device = parallel.own_device(config.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # all batches have one shape
         torch.manual_seed(config.seed)
         self.model, _, channels = models.build(config.model, data.classes, data.channels, config.image_size)
         self.feed = Feed(

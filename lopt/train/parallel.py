@@ -87,7 +87,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def gradients(forward: Any, exchanged: bool) -> Iterator[None]:
-    """Around forward and backward pass. exchanged: whether gradients are averaged, as after the last part of a batch."""
+    """Around forward and backward pass. exchanged: whether gradients are averaged, as in the last part of a batch."""
     if hasattr(forward, "set_requires_gradient_sync"):
         forward.set_requires_gradient_sync(exchanged)
     alone = not exchanged and isinstance(forward, nn.parallel.DistributedDataParallel)
