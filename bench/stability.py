@@ -1,9 +1,10 @@
-"""Whether training stays stable: thousands of steps of HRNN at ImageNet's scale, beside AdamW and SGD for the first ones.
+"""Whether training stays stable: thousands of steps of HRNN at ImageNet's scale, beside AdamW and SGD for the first
+ones.
 
-The task is not ImageNet: the images are textures that `lopt make-images` draws, learnable by convolutional networks. What
-is looked at is the course of the loss, not an accuracy. Every training is a run folder of `lopt train`, with its curves.
-HRNN comes first on all models, then the others, each for fewer steps; a run that is there already goes on where it
-stopped. So a time limit costs nothing but the rest:
+The task is not ImageNet: the images are textures that `lopt make-images` draws, learnable by convolutional networks.
+What is looked at is the course of the loss, not an accuracy. Every training is a run folder of `lopt train`, with its
+curves. HRNN comes first on all models, then the others, each for fewer steps; a run that is there already goes on where
+it stopped. So a time limit costs nothing but the rest:
 
     timeout --signal TERM 570 lopt bench stability      again and again, until it says that all is done
 

@@ -1,12 +1,12 @@
 """`lopt make-images`: a folder of JPEG files as `lopt train --data` takes it, where a class is a texture.
 
-It is for trying things out where there is no ImageNet: reading, decoding and augmenting files, models at their own image
-size, the stability of training. It is learnable, by convolutional networks and not by mean colour alone, and an accuracy
-on it says nothing about ImageNet.
+It is for trying things out where there is no ImageNet: reading, decoding and augmenting files, models at their own
+image size, the stability of training. It is learnable, by convolutional networks and not by mean colour alone, and an
+accuracy on it says nothing about ImageNet.
 
 A class is three bands of spatial frequency, each with an orientation, a width and a colour; an image of it is noise of
-these bands, lit unevenly, at a random contrast, with grain. A band lies in both mirror images of its orientation, so that
-a flipped image stays in its class. Every image is a function of (seed, part, class, number).
+these bands, lit unevenly, at a random contrast, with grain. A band lies in both mirror images of its orientation, so
+that a flipped image stays in its class. Every image is a function of (seed, part, class, number).
 """
 
 from __future__ import annotations
