@@ -1,5 +1,4 @@
-"""Whether training stays stable: thousands of steps of HRNN at ImageNet's scale, beside AdamW and SGD for the first
-ones.
+"""Whether training stays stable: thousands of steps of HRNN on large models, the first ones beside AdamW and SGD.
 
 The task is not ImageNet: the images are textures that `lopt make-images` draws, learnable by convolutional networks.
 What is looked at is the course of the loss, not an accuracy. Every training is a run folder of `lopt train`, with its
@@ -82,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`lopt bench stability`: draw the images, train, print a table. Exit code: as of `lopt train`, 1 if HRNN diverged."""
+    """`lopt bench stability`: draw images, train, print a table. Exit code: of `lopt train`, 1 if HRNN diverged."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scale = SCALES[torch.device(device).type]
     cases = [case for case in scale.cases if args.models is None or case.model in args.models]

@@ -241,17 +241,16 @@ def plot(path: Path, out: Path) -> None:
     for axes, panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
         names = list(dict.fromkeys(key[3] for key in latest if key[:3] == panel))[::-1]
         batch = float(panel[2].split(" x")[1].split()[0])
-        seconds = [batch / latest[*panel, name, SPEED].p50 for name in names]
-        optimizer = [latest[*panel, name, SHARE].p50 * step for name, step in zip(names, seconds, strict=True)]
+        seconds = [batch / latest[(*panel, name, SPEED)].p50 for name in names]
+        optimizer = [latest[(*panel, name, SHARE)].p50 * step for name, step in zip(names, seconds, strict=True)]
         rest = [step - part for step, part in zip(seconds, optimizer, strict=True)]
         axes[0].barh(names, rest, color="#9bb7d4", label="forward and backward")
         axes[0].barh(names, optimizer, left=rest, color="#e07b00", label="optimizer")
-        axes[0].set(
-            xlabel="seconds per step", title=f"{panel[2]}, {panel[0]}" + f", {panel[1]} thread(s)" * bool(panel[1])
-        )
+        threads = f", {panel[1]} thread(s)" if panel[1] else ""
+        axes[0].set(xlabel="seconds per step", title=f"{panel[2]}, {panel[0]}{threads}")
         axes[0].title.set_fontsize(9)
         known = [name for name in names if (*panel, name, MEMORY) in latest]
-        axes[1].barh(known, [latest[*panel, name, MEMORY].p50 / 2**30 for name in known], color="#4d9221")
+        axes[1].barh(known, [latest[(*panel, name, MEMORY)].p50 / 2**30 for name in known], color="#4d9221")
         axes[1].set(xlabel="peak memory, GiB")
         for each in axes:
             each.spines[["top", "right"]].set_visible(False)
@@ -283,10 +282,8 @@ def run(args: argparse.Namespace) -> int:
     """`lopt bench train`: print a table per model, append its rows. Returns 1 if a contender failed on every model."""
     if unknown := [model for model in args.models if model not in IMAGE_SIZES]:
         raise ValueError(f"no benchmark model {unknown[0]!r}; there are {', '.join(IMAGE_SIZES)}")
-    device, path = (
-        torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        args.out or default_path(),
-    )
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = args.out or default_path()
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; leave it at cpu")

@@ -208,7 +208,7 @@ class Training:
         """Fields of a row, over all test images; None when a signal came meanwhile."""
         contenders = {"": self.forward} if self.average is None else {"": self.forward, "ema_": self.average.model}
         counts = {name: Counts(self.device) for name in contenders}
-        for module in {"": self.model, **contenders}.values():
+        for module in contenders.values():
             parallel.share_buffers(module, self.group)
         self._set_mode("eval")
         try:
@@ -223,6 +223,8 @@ class Training:
                         counts[name].add(losses, logits, labels)
         finally:
             self._set_mode("train")
+            for module in contenders.values():
+                parallel.reshard(module)
         fields: dict[str, float] = {}
         for name, count in counts.items():
             scores: Scores = count.scores(self.group.sum(count.sums), self.config.classes)

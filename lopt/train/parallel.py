@@ -102,6 +102,13 @@ def share_buffers(model: nn.Module, group: Group) -> None:
             dist.broadcast(buffer, 0)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward pass has gathered."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 def gathered(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with whole tensors, those that were sharded on the CPU. All processes of the group have to call."""
     from torch.distributed.tensor import DTensor
