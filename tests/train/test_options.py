@@ -149,7 +149,7 @@ def test_mixed_precision_differs_by_roundings_and_resumes_bit_for_bit(
     assert loss != exact
     assert loss == pytest.approx(
         exact, rel=2**-7
-    )  # bfloat16 rounds to 2^-9, and the larger errors of layers average out
+    )  # bfloat16 rounds to 2^-9
     scaler = checkpoint.load(tmp_path / "whole" / "checkpoint.pt")["scaler"]
     assert bool(scaler) == (amp == "fp16")
     assert not scaler or scaler["_growth_tracker"] == 16  # no step overflowed
