@@ -279,7 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`lopt bench train`: print a table per model, append its rows. Returns 1 if a contender failed on every model."""
+    """`lopt bench train`: print a table per model, append its rows. Returns 1 if nothing could be measured."""
     if unknown := [model for model in args.models if model not in IMAGE_SIZES]:
         raise ValueError(f"no benchmark model {unknown[0]!r}; there are {', '.join(IMAGE_SIZES)}")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -147,9 +147,7 @@ def test_mixed_precision_differs_by_roundings_and_resumes_bit_for_bit(
     train(replace(config, amp=None, steps=2), data, tmp_path / "float32")
     loss, exact = (float(column(tmp_path / name, "train_loss")[0]) for name in ("whole", "float32"))
     assert loss != exact
-    assert loss == pytest.approx(
-        exact, rel=2**-7
-    )  # bfloat16 rounds to 2^-9
+    assert loss == pytest.approx(exact, rel=2**-7)  # bfloat16 rounds to 2^-9
     scaler = checkpoint.load(tmp_path / "whole" / "checkpoint.pt")["scaler"]
     assert bool(scaler) == (amp == "fp16")
     assert not scaler or scaler["_growth_tracker"] == 16  # no step overflowed
