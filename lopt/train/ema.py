@@ -28,15 +28,15 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's tensors of this moment into the average."""
-        averages, currents = (_tensors(each) for each in (self.model, model))
-        floating = [index for index, tensor in enumerate(averages) if tensor.is_floating_point()]
-        weight = 1 - self.decay if self.updates else 1.0
-        torch._foreach_lerp_([averages[index] for index in floating], [currents[index] for index in floating], weight)
-        for average, current in zip(averages, currents, strict=True):
-            if not average.is_floating_point():
-                average.copy_(current)  # counts
+        (averages, counts), (currents, current_counts) = _tensors(self.model), _tensors(model)
+        torch._foreach_lerp_(averages, currents, 1 - self.decay if self.updates else 1.0)
+        if counts:
+            torch._foreach_copy_(counts, current_counts)
         self.updates += 1
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [local(tensor).detach() for tensor in (*model.parameters(), *model.buffers())]
+def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """What this process holds of parameters and buffers: floating tensors, and counts."""
+    tensors = [local(tensor).detach() for tensor in (*model.parameters(), *model.buffers())]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return floating, [tensor for tensor in tensors if not tensor.is_floating_point()]

@@ -170,7 +170,8 @@ class Training:
                     self.times.leave_out(save_cost)
                 if ending:
                     return self.row_step == config.steps
-                self.take_step(batches)
+                with _cures_named(config):
+                    self.take_step(batches)
                 if self.group.rank == 0 and (time.perf_counter() - shown > 0.5 or self.step == config.steps):
                     bar.set_postfix_str(self._bar_text() + bar.test_text, refresh=False)
                     shown = time.perf_counter()
@@ -363,6 +364,23 @@ class Training:
             f"data {100 * data / seconds:.0f} %, optimizer {100 * optimizer / seconds:.0f} %, loss {loss:.3g}, "
             f"accuracy {100 * accuracy:.1f} %"
         )
+
+
+@contextlib.contextmanager
+def _cures_named(config: Config) -> Iterator[None]:
+    """Raises TrainError for what a step may meet that other options avoid."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            f"a step of {config.batch_size} images in {config.accumulate} part(s) exceeds the memory of "
+            f"{config.device!r}: resume with a larger --accumulate, or start with --amp bf16"
+        ) from error
+    except RuntimeError as error:
+        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            raise TrainError(f"--compile does not work here ({reason}): resume with --no-compile") from error
+        raise
 
 
 def _check_shape(model: nn.Module, feed: Feed, config: Config, classes: int) -> None:

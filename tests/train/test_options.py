@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.exc
 import torch.nn.functional as F
 from torch import nn
 
@@ -317,6 +318,31 @@ def test_a_run_from_before_an_option_existed_goes_on_with_its_default(data: Digi
         ("4", "0.5", ""),
         ("8", "0.6", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "16 images in 1 part.* larger --accumulate"),
+        (
+            torch._dynamo.exc.InternalTorchDynamoError("no compiler"),
+            "--compile .*no compiler.* resume with --no-compile",
+        ),
+        (RuntimeError("a bug"), "^a bug$"),
+    ],
+)
+def test_an_error_that_another_option_avoids_names_it(
+    error: Exception, said: str, data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    training = Training(replace(CONFIG, compile=True), data)
+
+    def fail(batches: object) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "take_step", fail)
+    with pytest.raises(RuntimeError, match=said):
+        training.run(tmp_path, StopRequest())
 
 
 @pytest.mark.gpu
