@@ -35,8 +35,8 @@ def _adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def _sgd(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    # A loss scaler waits for the device before every step of an optimizer that does not unscale for itself, as fused SGD
-    # does. That one takes no shards.
+    # A loss scaler waits for the device before every step of an optimizer that does not unscale for itself, as the
+    # fused one does. That one takes no shards.
     how = {"fused": True} if config.amp == "fp16" and config.parallel != "fsdp" else {"foreach": True}
     return torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, **how
