@@ -258,14 +258,20 @@ def _rivals(given: list[str] | tuple[str, ...], optimizer: str) -> tuple[str, ..
 
 
 def _check_parts(config: Config) -> None:
-    """Raises TrainError when a batch cannot be shared out equally, or BatchNorm cannot be synchronised."""
-    processes = announced()
+    """Raises TrainError for a batch that cannot be shared equally, a GPU for several processes, BatchNorm synchronised on
+    a CPU."""
+    processes, device = announced(), torch.device(config.device)
+    if processes > 1 and device.type != "cpu" and device.index is not None:
+        raise TrainError(
+            f"--device {config.device} is one GPU for {processes} processes: give --device {device.type}, and each takes "
+            "its own"
+        )
     if config.batch_size % (processes * config.accumulate):
         raise TrainError(
             f"--batch-size {config.batch_size} cannot be shared equally by {processes} processes in parts of "
             f"--accumulate {config.accumulate}: make it a multiple of {processes * config.accumulate}"
         )
-    if config.sync_bn and torch.device(config.device).type == "cpu":
+    if config.sync_bn and device.type == "cpu":
         raise TrainError(f"--sync-bn works on GPUs, not on device {config.device!r}: leave it out")
 
 

@@ -41,7 +41,7 @@ def own_device(name: str) -> torch.device:
 
 def join(device: torch.device) -> Group:
     """The group of this process: gloo for agreements, NCCL for tensors on GPUs."""
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return Group.from_environment("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 

@@ -274,6 +274,15 @@ def test_options_that_need_something_else_say_what(options: list[object], said: 
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_cannot_share_a_batch_or_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(TrainError, match="--batch-size 16 cannot be shared equally by 3 processes .* multiple of 6"):
+        command._check_parts(replace(CONFIG, accumulate=2))
+    with pytest.raises(TrainError, match="--device cuda:1 is one GPU for 3 processes: give --device cuda"):
+        command._check_parts(replace(CONFIG, batch_size=6, device="cuda:1"))
+    command._check_parts(replace(CONFIG, batch_size=6, device="cuda"))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--ema", "1"), ("--ema", "0"), ("--label-smoothing", "1"), ("--amp", "fp8"), ("--accumulate", "0")],
