@@ -258,13 +258,13 @@ def _rivals(given: list[str] | tuple[str, ...], optimizer: str) -> tuple[str, ..
 
 
 def _check_parts(config: Config) -> None:
-    """Raises TrainError for a batch that cannot be shared equally, a GPU for several processes, BatchNorm synchronised on
-    a CPU."""
+    """Raises TrainError for a batch that cannot be shared equally, one GPU for several processes, and --sync-bn on a
+    CPU."""
     processes, device = announced(), torch.device(config.device)
     if processes > 1 and device.type != "cpu" and device.index is not None:
         raise TrainError(
-            f"--device {config.device} is one GPU for {processes} processes: give --device {device.type}, and each takes "
-            "its own"
+            f"--device {config.device} is one GPU for {processes} processes: give --device {device.type}, "
+            "of which each process takes its own"
         )
     if config.batch_size % (processes * config.accumulate):
         raise TrainError(
