@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rival-steps", type=int, metavar="N", help="of the others (default: 1000 on a GPU)")
     parser.add_argument("--meta", metavar="NAME|FILE", help="learned weights (default: the shipped ones)")
     parser.add_argument("--threads", type=int, metavar="N", help="of a CPU (default: torch's own)")
-    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="processes that draw images (default: 4)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="that draw images (default: one per core)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

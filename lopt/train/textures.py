@@ -128,7 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=int, default=200, metavar="N", help="validation images in all (default: 200)")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
