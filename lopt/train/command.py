@@ -48,7 +48,9 @@ CHANGEABLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lopt train`. Every default is None here, so that a resumed run knows what was given."""
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--model", help="preresnet8 (default), a pytorchcv name, timm:NAME or torchvision:NAME")
+    what.add_argument(
+        "--model", help="preresnet8, a pytorchcv name, timm:NAME or torchvision:NAME; the default depends on --data"
+    )
     what.add_argument("--data", help="digits (default), synthetic, or a folder with train/ and val/ of class folders")
     what.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="default: what the model is made for")
     what.add_argument(

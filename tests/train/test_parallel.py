@@ -293,7 +293,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "GLOO_SOCKET_IFNAME": "lo"}
+    common |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with contextlib.ExitStack() as files:
         processes = [
             subprocess.Popen(
