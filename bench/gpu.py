@@ -29,6 +29,7 @@ import lopt
 from lopt import backends, native
 from lopt.bench.results import Row, append, commit, device_name, load, quantiles, today
 from lopt.bench.step import Step, bytes_moved, shapes_of, timer
+from lopt.bench.train import table as training_table
 
 CASES = ("resnet50", "preresnet50", "inceptionv3", "vit_base_patch16_224")
 TIMM_NAMES = {"preresnet50": "resnetv2_50", "inceptionv3": "inception_v3"}  # where pytorchcv is not installed
@@ -224,8 +225,9 @@ def run_small(only: str) -> None:
 
 
 def summary(path: Path) -> str:
-    """Rows of a file as a table: milliseconds, bandwidth and its part of the copy's, ratio to fused AdamW."""
-    rows = load(path) if path.exists() else []
+    """Rows of a file as tables. Steps: milliseconds, bandwidth and its part of the copy's, ratio to fused AdamW."""
+    all_rows = load(path) if path.exists() else []
+    rows = [row for row in all_rows if row.op != "train"]
     copies = [8 * row.n / row.p50 for row in rows if row.op == "copy"]
     lines = [f"{rows[0].device}, commit {rows[0].commit}, {rows[0].date}" if rows else "no rows"]
     lines += [f"device copy: {copies[-1] / 1e12:.2f} TB/s"] if copies else []
@@ -253,6 +255,7 @@ def summary(path: Path) -> str:
         )
     for op, case, backend, *numbers in cells:
         lines.append(f"{op:<7} {case:<22} {backend:<34}" + "".join(f" {number:>15}" for number in numbers))
+    lines += filter(None, [training_table(all_rows)])
     return "\n".join(lines)
 
 

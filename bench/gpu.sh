@@ -60,6 +60,7 @@ stage info 30 "$PYTHON" -m lopt info
 stage small 90 "$PYTHON" -m lopt.bench.gpu small # compiles what the sanitizers look at
 stage measure 150 "$PYTHON" -m lopt.bench.gpu measure --out "$RESULTS"
 stage tests 200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
+stage train 150 "$PYTHON" -m lopt bench train --device cuda --rounds 3 --out "$RESULTS"
 SANITIZER=$(sanitizer | head -n 1)
 if [ -n "$SANITIZER" ]; then
     stage memcheck 100 "$SANITIZER" --tool memcheck --report-api-errors no --error-exitcode 3 \

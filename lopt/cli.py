@@ -23,6 +23,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("lopt.train.command", "train a network with HRNN or, to compare, with AdamW or SGD"),
+    "make-images": Command("lopt.train.textures", "make a folder of images of textures, to try `lopt train` on"),
     "meta-train": Command("lopt.meta.command", "meta-train an optimizer on many small tasks"),
     "evaluate": Command("lopt.evaluate.command", "compare meta-parameters with tuned optimizers on held-out tasks"),
     "replay": Command("lopt.interop.tf1", "replay a recorded trajectory and print the worst error of each slot"),

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from lopt import __version__
-from lopt.meta.distributed import Group
 from lopt.meta.meta_train import MetaTraining
 from lopt.meta.recipe import RECIPES, VARIANTS, Recipe, varied
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
-from lopt.train.loop import StopRequest
+from lopt.train.group import Group
+from lopt.train.stop import StopRequest
 
 DEFAULTS: dict[str, Any] = {
     "recipe": "default",

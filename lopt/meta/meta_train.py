@@ -9,6 +9,11 @@
     tensorboard/        the same rows, where `tensorboard` is installed
 
 All random numbers come from one generator that is part of the checkpoint: a resumed run equals an uninterrupted one.
+
+Processes that `torchrun` has started share out the rows of every world equally. All draw the same random numbers from
+the same seed and keep their part, so the result is that of one process with all rows, up to rounding. Evolution
+strategies exchange losses alone: every process draws all perturbations. Backpropagation exchanges the mean
+meta-gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +32,15 @@ from torch import Tensor
 
 from lopt.interop.tf1 import RMSProp
 from lopt.meta import validate
-from lopt.meta.distributed import ALONE, Group
 from lopt.meta.estimators import Estimate
 from lopt.meta.recipe import ESTIMATORS, Recipe, Stage
 from lopt.meta.tasks import Random, Task
 from lopt.meta.unroll import Mix, World
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
-from lopt.train.loop import StopRequest
+from lopt.train.group import ALONE, Group
+from lopt.train.scalars import Scalars
+from lopt.train.stop import StopRequest
 
 COLUMNS = (
     "meta_step",  # of the whole run
@@ -60,40 +66,6 @@ SCALARS = {  # tag -> column
     "validation/final": "valid_final",
     "validation/area": "valid_area",
 }
-
-
-class Scalars:
-    """Rows as TensorBoard events; does nothing where `tensorboard` is not installed.
-
-    Args:
-        folder: of the events, made at the first row.
-        done: meta-steps of the checkpoint that the run goes on from: events after it, of a run killed later, are
-            hidden from TensorBoard.
-    """
-
-    def __init__(self, folder: Path, done: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.make: Callable[[], Any] | None = lambda: SummaryWriter(str(folder), purge_step=done + 1)
-        except ImportError:
-            self.make = None
-        self.writer: Any = None
-
-    def add(self, row: Sequence[Any]) -> None:
-        """Of `COLUMNS`."""
-        if self.make is None:
-            return
-        self.writer = self.writer or self.make()
-        values = dict(zip(COLUMNS, row, strict=True))
-        for tag, column in SCALARS.items():
-            if values[column] != "":
-                self.writer.add_scalar(tag, float(values[column]), values["meta_step"])
-
-    def close(self) -> None:
-        """Write what is pending."""
-        if self.writer is not None:
-            self.writer.close()
 
 
 class Adam:
@@ -342,7 +314,7 @@ class MetaTraining:
         )
         first, period, loss = self.group.rank == 0, CHECKPOINT_SECONDS, None
         saved = time.perf_counter()
-        scalars = Scalars(folder / "tensorboard", self.done)
+        scalars = Scalars(folder / "tensorboard", SCALARS, self.done)
         with bar, contextlib.closing(scalars):
             (stopped,) = self.group.any([stop.received is not None])
             while not (self.finished or stopped):
@@ -354,7 +326,7 @@ class MetaTraining:
                     rate = self.rows[-1][5]
                     if first:
                         self._keep_best(folder)
-                        scalars.add(self.rows[-1])
+                        scalars.add(self.done, dict(zip(COLUMNS, self.rows[-1], strict=True)))
                 else:
                     rate = self.pending[-1][2] / max(1e-9, self.seconds - before)
                 bar.set_description_str(name, refresh=False)

@@ -22,8 +22,8 @@ from lopt.backends import cpu_flat, reference
 from lopt.backends.cpu_flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
-from lopt.meta.distributed import ALONE, Group
 from lopt.meta.tasks.base import Data, Random, Task
+from lopt.train.group import ALONE, Group
 
 Meta = Mapping[str, Tensor]
 Advance = Callable[..., Advanced]

@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import itertools
 import math
 import os
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from lopt import HRNN, backends
 from lopt.state import FORMATS
-from lopt.train import TrainError, models
-from lopt.train.data import Digits, ImageFolder, open_data
-from lopt.train.loop import OPTIMIZERS, SCHEDULES, Config, StopRequest, Training, read_metrics
+from lopt.train import TrainError, models, parallel
+from lopt.train.config import Config
+from lopt.train.data import NAMED, Data, open_data
+from lopt.train.group import announced
+from lopt.train.loop import Training
+from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
+from lopt.train.precision import DTYPES
+from lopt.train.runs import train_all
 
-DEFAULT_MODEL = {True: "preresnet8", False: "preresnet50"}  # for digits, for a folder of images
-DEFAULT_EPOCHS = {True: 20, False: 90}
-DEFAULT_BATCH = {True: 64, False: 128}
-SMALL_IMAGE = 32  # what a folder's images become for a model that takes any size
+
+class Defaults(NamedTuple):
+    """What is trained when the options do not say."""
+
+    model: str
+    epochs: int
+    batch_size: int
+
+
+DEFAULTS = {"digits": Defaults("preresnet8", 20, 64), "synthetic": Defaults("resnet50", 1, 128)}
+FOLDER_DEFAULTS = Defaults("preresnet50", 90, 128)
+SMALL_IMAGE = 32  # what images of no size of their own become for a model that takes any
 ROWS = 400  # in metrics.csv, about, when --log-every does not say
 
-CHANGEABLE = ("steps", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare")
+HRNN_ONLY = ("init_lr", "meta", "state_format", "backend")
+CHANGEABLE = (
+    *("steps", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare"),
+    *("compare_steps", "accumulate", "channels_last", "compile", "parallel"),
+)  # of a resumed run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lopt train`. Every default is None here, so that a resumed run knows what was given."""
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--model", help="preresnet8 (default), a pytorchcv name, timm:NAME or torchvision:NAME")
-    what.add_argument("--data", help="digits (default), or a folder with train/ and val/ of class folders")
+    what.add_argument(
+        "--model", help="preresnet8, a pytorchcv name, timm:NAME or torchvision:NAME; the default depends on --data"
+    )
+    what.add_argument("--data", help="digits (default), synthetic, or a folder with train/ and val/ of class folders")
     what.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="default: what the model is made for")
-    what.add_argument("--batch-size", type=_whole(1), metavar="N", help="default: 64 for digits, 128 for a folder")
+    what.add_argument(
+        "--batch-size", type=_whole(1), metavar="N", help="of a step, on all devices (default: 64 for digits, else 128)"
+    )
     length = what.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_whole(1), metavar="N", help="default: 20 for digits, 90 for a folder")
+    length.add_argument(
+        "--epochs", type=_whole(1), metavar="N", help="default: 20 for digits, 1 for synthetic, else 90"
+    )
     length.add_argument("--steps", type=_whole(1), metavar="N")
     what.add_argument("--seed", type=_whole(0), metavar="N", help="weights, order and augmentation (default 0)")
 
@@ -56,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decoupled for hrnn and adamw; default: 0 for hrnn, 0.01 for adamw, 0.0005 for sgd",
     )
     how.add_argument("--schedule", choices=SCHEDULES, help="of lr over the run (default: cosine)")
+    how.add_argument("--label-smoothing", type=_share, metavar="S", help="of training (default: 0; often 0.1)")
+    how.add_argument(
+        "--ema", type=_decay, metavar="DECAY", help="test weights averaged over the steps too (often 0.9999)"
+    )
     how.add_argument("--meta", metavar="NAME|FILE", help="hrnn: learned weights (default: the shipped ones)")
     how.add_argument("--state-format", choices=FORMATS, help="hrnn: 76 or, compact, 40 bytes of state per parameter")
     how.add_argument("--backend", metavar="NAME", help="hrnn: reference, cpu, triton or cuda (default: the fastest)")
@@ -65,6 +91,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rival,
         metavar="NAME[:LR]",
         help="then train the same with adamw, sgd or hrnn and draw both",
+    )
+    how.add_argument("--compare-steps", type=_whole(1), metavar="N", help="of these (default: as many as of the run)")
+
+    fast = parser.add_argument_group("speed and size")
+    fast.add_argument(
+        "--amp", choices=DTYPES, help="automatic mixed precision; fp16 with loss scaling (default: float32)"
+    )
+    fast.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory order (default: no)")
+    fast.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: no)")
+    fast.add_argument(
+        "--accumulate", type=_whole(1), metavar="N", help="take a step's images in N parts, for memory (default: 1)"
+    )
+    fast.add_argument("--parallel", choices=parallel.MODES, help="under torchrun: DDP (default) or FSDP2")
+    fast.add_argument(
+        "--sync-bn", action=argparse.BooleanOptionalAction, help="BatchNorm over all processes' images (default: no)"
     )
 
     where = parser.add_argument_group("where")
@@ -93,6 +134,11 @@ def run(args: argparse.Namespace) -> int:
     is needed and not installed; options that do not fit raise before anything is written."""
     for package in ("matplotlib", "tqdm"):
         importlib.import_module(package)
+    if args.parallel is not None and "WORLD_SIZE" not in os.environ:
+        raise TrainError(
+            f"--parallel {args.parallel} is for several processes: start them with "
+            "torchrun --nproc-per-node N -m lopt train"
+        )
     if args.resume is None:
         config, data = _new(args)
         folder = args.out
@@ -103,73 +149,39 @@ def run(args: argparse.Namespace) -> int:
     else:
         config, data = _resumed(args)
         folder = args.resume
+    _check_parts(config)
+    group = parallel.join(parallel.own_device(config.device))
     with _threads(config.threads):
-        training = Training(config, data)
-        folder = _make_folder(folder, config, data)
-        return _train_all(training, folder)
+        code = train_all(Training(config, data, group), folder)
+    group.leave()
+    return code
 
 
-def _train_all(training: Training, folder: Path) -> int:
-    """The run and those it is compared with; each of these has its own folder inside the run's."""
-    from lopt.train import plots
-
-    config, data = training.config, training.data
-    _announce(training, folder)
-    drawn: dict[str, Path] = {}
-    done = True
-    with StopRequest() as stop:
-        for rival in ("", *config.compare):
-            if rival:
-                training = Training(_rival_config(config, rival), data)
-            home = _make_folder(folder / rival.replace(":", "-"), training.config, data)
-            if (home / "checkpoint.pt").exists():
-                training.restore(home / "checkpoint.pt")
-            _write_config(training.config, home)
-            done = training.run(home, stop)
-            label = f"{OPTIMIZERS[training.config.optimizer].label}, lr {training.config.lr:g}"
-            drawn[label] = home / "metrics.csv"
-            try:
-                plots.draw(folder / "curves.png", f"{config.model} on {data.name}", drawn)
-            except OSError as error:
-                text = f"{str(folder / 'curves.png')!r} cannot be written ({error}): free space, then resume"
-                raise TrainError(text) from error
-            if not done:
-                break
-            _report(label, training, home)
-    if not done:
-        print(
-            f"stopped at step {training.step:,} of {training.config.steps:,} ({label}); "
-            f"continue with: lopt train --resume {folder}"
-        )
-        return 128 + (stop.received or signal.SIGINT)
-    print(f"files      {folder}: curves.png, metrics.csv, checkpoint.pt, config.json")
-    return 0
-
-
-def _new(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
+def _new(args: argparse.Namespace) -> tuple[Config, Data]:
     """The Config that the options and the defaults make, and the data it names."""
     name = args.data or "digits"
-    digits = name == "digits"
+    default = DEFAULTS.get(name, FOLDER_DEFAULTS)
     optimizer = args.optimizer or "hrnn"
     choice = OPTIMIZERS[optimizer]
     if optimizer != "hrnn":
-        for option in ("init_lr", "meta", "state_format", "backend"):
+        for option in HRNN_ONLY:
             if getattr(args, option) is not None:
                 flag = "--" + option.replace("_", "-")
                 raise TrainError(f"{flag} is for --optimizer hrnn, not {optimizer}: leave it out")
     device = _device(args.device)
     data = open_data(name)
-    model = args.model or DEFAULT_MODEL[digits]
+    model = args.model or default.model
     _, native, _ = models.build(model, data.classes, data.channels, args.image_size)
-    batch_size = args.batch_size or min(DEFAULT_BATCH[digits], data.train_count)
+    parts = announced() * (args.accumulate or 1)
+    batch_size = args.batch_size or max(1, min(default.batch_size, data.train_count) // parts) * parts
     if batch_size > data.train_count:
         raise TrainError(f"--batch-size {batch_size} exceeds the {data.train_count} training images: make it smaller")
     per_epoch = data.train_count // batch_size
-    steps = args.steps or (args.epochs or DEFAULT_EPOCHS[digits]) * per_epoch
+    steps = args.steps or (args.epochs or default.epochs) * per_epoch
     meta = args.meta
     config = Config(
         model=model,
-        data=name if digits else str(Path(name).resolve()),
+        data=name if name in NAMED else str(Path(name).resolve()),
         optimizer=optimizer,
         lr=args.lr or choice.lr,
         weight_decay=choice.weight_decay if args.weight_decay is None else args.weight_decay,
@@ -179,8 +191,8 @@ def _new(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
         image_size=args.image_size or native or data.image_size or SMALL_IMAGE,
         seed=args.seed or 0,
         device=device,
-        threads=args.threads or (1 if digits and model in models.OWN else torch.get_num_threads()),
-        workers=(0 if digits else min(_cores(), 16)) if args.workers is None else args.workers,
+        threads=args.threads or (1 if name == "digits" and model in models.OWN else torch.get_num_threads()),
+        workers=(0 if name in NAMED else min(_cores(), 16)) if args.workers is None else args.workers,
         log_every=args.log_every or max(1, steps // ROWS),
         eval_every=args.eval_every or per_epoch,
         train_images=data.train_count,
@@ -191,11 +203,20 @@ def _new(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
         backend=args.backend,
         checkpoint_every=args.checkpoint_every,
         compare=_rivals(args.compare or (), optimizer),
+        compare_steps=args.compare_steps,
+        label_smoothing=args.label_smoothing or 0.0,
+        ema=args.ema,
+        amp=args.amp,
+        accumulate=args.accumulate or 1,
+        channels_last=bool(args.channels_last),
+        compile=bool(args.compile),
+        parallel=args.parallel or "ddp",
+        sync_bn=bool(args.sync_bn),
     )
     return config, data
 
 
-def _resumed(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
+def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
     """The stored Config with the changes a run allows. Raises TrainError for any other option that differs."""
     if not (args.resume / "config.json").is_file():
         raise TrainError(f"{str(args.resume)!r} holds no run (no config.json): check --resume")
@@ -207,7 +228,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Digits | ImageFolder]:
         given = getattr(args, field, None)
         if field == "compare" and given is not None:
             given = _rivals(given, stored.optimizer)
-        if field == "data" and given not in (None, "digits"):
+        if field == "data" and given is not None and given not in NAMED:
             given = str(Path(given).resolve())
         if field == "meta" and given is not None and Path(given).is_file():
             given = str(Path(given).resolve())
@@ -238,27 +259,28 @@ def _rivals(given: list[str] | tuple[str, ...], optimizer: str) -> tuple[str, ..
     return rivals
 
 
-def _rival_config(config: Config, rival: str) -> Config:
-    """The same task for another optimizer; rival: NAME or NAME:LR."""
-    name, _, lr = rival.partition(":")
-    choice = OPTIMIZERS[name]
-    return replace(
-        config,
-        optimizer=name,
-        lr=float(lr) if lr else choice.lr,
-        weight_decay=choice.weight_decay,
-        init_lr=None,
-        meta=None,
-        state_format=None,
-        backend=None,
-        compare=(),
-    )
+def _check_parts(config: Config) -> None:
+    """Raises TrainError for a batch that cannot be shared equally, one GPU for several processes, and --sync-bn on a
+    CPU."""
+    processes, device = announced(), torch.device(config.device)
+    if processes > 1 and device.type != "cpu" and device.index is not None:
+        raise TrainError(
+            f"--device {config.device} is one GPU for {processes} processes: give --device {device.type}, "
+            "of which each process takes its own"
+        )
+    if config.batch_size % (processes * config.accumulate):
+        raise TrainError(
+            f"--batch-size {config.batch_size} cannot be shared equally by {processes} processes in parts of "
+            f"--accumulate {config.accumulate}: make it a multiple of {processes * config.accumulate}"
+        )
+    if config.sync_bn and device.type == "cpu":
+        raise TrainError(f"--sync-bn works on GPUs, not on device {config.device!r}: leave it out")
 
 
 def _device(name: str | None) -> str:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=parallel.own_device(name))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrainError(f"device {name!r} cannot be used ({reason}): choose another --device, such as cpu") from error
@@ -266,83 +288,20 @@ def _device(name: str | None) -> str:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of the machine, for each of its processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-class _threads:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
     """torch's number of CPU threads, inside. Sums over threads depend on it, so a resumed run uses its own."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)
-
-
-def _make_folder(folder: Path | None, config: Config, data: Digits | ImageFolder) -> Path:
-    stem = f"{config.model}-{data.name}-{config.optimizer}".replace(":", "-").replace("/", "-")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder
-        for number in itertools.count(1):
-            folder = Path("runs", f"{stem}-{number}")
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-    except OSError as error:
-        raise TrainError(f"run folder {str(folder)!r} cannot be made ({error}): choose another --out") from error
-    raise AssertionError("unreachable")
-
-
-def _write_config(config: Config, folder: Path) -> None:
-    try:
-        config.save(folder / "config.json")
-    except OSError as error:
-        text = f"run folder {str(folder)!r} cannot be written ({error}): make it writable, or choose another"
-        raise TrainError(text) from error
-
-
-def _announce(training: Training, folder: Path) -> None:
-    config, data = training.config, training.data
-    tensors = training.parameters
-    details = [f"lr {config.lr:g} ({config.schedule})", f"weight decay {config.weight_decay:g}"]
-    if isinstance(training.optimizer, HRNN):
-        own = training.optimizer
-        backend = backends.choose(training.device, own.config, config.backend, own.state_format)
-        details += [f"init_lr {own.defaults['init_lr']:g}", f"{own.state_format} state"]
-        details += [f"backend {backend.__name__.rpartition('.')[2]}"]
-    epochs = config.steps * config.batch_size / data.train_count
-    threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
-    where = config.device + (threads if config.device == "cpu" else "")
-    print(f"model      {config.model}: {sum(map(torch.numel, tensors)):,} parameters in {len(tensors)} tensors")
-    print(
-        f"data       {data.name}: {data.train_count:,} training and {data.test_count:,} test images of "
-        f"{config.image_size}x{config.image_size} in {data.classes} classes"
-    )
-    print(f"optimizer  {OPTIMIZERS[config.optimizer].label}: {', '.join(details)}")
-    print(
-        f"run        {config.steps:,} steps of {config.batch_size} images ({epochs:.3g} epochs) on {where}, "
-        f"in {folder}",
-        flush=True,
-    )
-
-
-def _report(label: str, training: Training, folder: Path) -> None:
-    tested = [row for row in read_metrics(folder / "metrics.csv") if row[5]]
-    skipped = int(getattr(training.optimizer, "skipped_steps", 0))
-    note = f"; {skipped:,} steps with a non-finite gradient were skipped" if skipped else ""
-    accuracy, loss = float(tested[-1][5]), float(tested[-1][4])
-    print(
-        f"result     {label}: test accuracy {100 * accuracy:.2f} %, test loss {loss:.4f}, "
-        f"{training.step:,} steps in {training.seconds:.0f} s{note}"
-    )
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -360,16 +319,24 @@ def _number(text: str, allowed: Callable[[float], bool], kind: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and allowed(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind} number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
     return value
 
 
 def _positive(text: str) -> float:
-    return _number(text, lambda value: value > 0, "positive")
+    return _number(text, lambda value: value > 0, "a positive number")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+
+
+def _decay(text: str) -> float:
+    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
 def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, "positive or zero")
+    return _number(text, lambda value: value >= 0, "a positive or zero number")
 
 
 def _rival(text: str) -> str:

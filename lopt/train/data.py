@@ -1,5 +1,7 @@
 """Images in batches. The batch of a step is a pure function of (seed, step): which images, in which order, and how each
 is augmented. Resuming at a step therefore needs no sampler state, and two optimizers see the same batches.
+
+A batch arrives in parts of equal size, consecutive images of it: `accumulate` parts at each of `processes` processes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from lopt.train import TrainError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+NO_LABEL = -100  # of an image that fills up the last batch of a process; what cross_entropy ignores
 
 Batch = tuple[Tensor, Tensor]
 Batches = Generator[Batch, None, None]
@@ -29,8 +32,9 @@ Batches = Generator[Batch, None, None]
 
 @dataclass(frozen=True)
 class Feed:
-    """How batches arrive: images [batch_size, channels, image_size, image_size] float32 and labels [batch_size] int64
-    on `device`. `seed` decides order and augmentation; `workers` processes decode files (0: this process)."""
+    """How batches arrive: images [part, channels, image_size, image_size] float32 and labels [part] int64 on `device`.
+    `batch_size` images are those of a step on all processes; it is a multiple of processes * accumulate. `seed` decides
+    order and augmentation; `workers` processes decode files (0: this process)."""
 
     batch_size: int
     channels: int
@@ -38,12 +42,40 @@ class Feed:
     device: torch.device
     seed: int = 0
     workers: int = 0
+    channels_last: bool = False
+    accumulate: int = 1
+    process: int = 0  # which of the processes this is
+    processes: int = 1
+
+    @property
+    def part(self) -> int:
+        return self.batch_size // (self.processes * self.accumulate)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def open_data(name: str) -> Digits | ImageFolder:
-    """name: `digits`, or the path of a folder with train/ and val/ folders of class folders. Raises TrainError for a
-    folder that is not such, ImportError for a package that is not installed."""
-    return Digits() if name == "digits" else ImageFolder(Path(name))
+def open_data(name: str) -> Data:
+    """name: a key of NAMED, or the path of a folder with train/ and val/ folders of class folders. Raises TrainError
+    for a folder that is not such, ImportError for a package that is not installed."""
+    return NAMED[name]() if name in NAMED else ImageFolder(Path(name))
+
+
+def train_parts(count: int, feed: Feed, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, indices [part]) of the parts of this process, for the steps start..stop-1 over `count` images."""
+    for epoch, places in batch_places(count, feed.batch_size, feed.seed, start, stop):
+        first = feed.process * feed.accumulate
+        for part in range(first, first + feed.accumulate):
+            yield epoch, places[part * feed.part : (part + 1) * feed.part]
+
+
+def test_parts(count: int, feed: Feed) -> Iterator[np.ndarray]:
+    """Indices of the test images of this process, every processes-th, in batches of `part`, the last one maybe smaller.
+    All processes get as many: an index of `count` or more stands for none."""
+    places = np.arange(-(-count // feed.processes)) * feed.processes + feed.process
+    for start in range(0, len(places), feed.part):
+        yield places[start : start + feed.part]
 
 
 def batch_places(count: int, batch_size: int, seed: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -90,9 +122,9 @@ class Digits:
         return len(self.test_labels)
 
     def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
-        """The batches of the steps start..stop-1."""
+        """The parts of the steps start..stop-1."""
         shift_epoch, shifts = -1, np.empty((0, 2), np.int64)
-        for epoch, places in batch_places(self.train_count, feed.batch_size, feed.seed, start, stop):
+        for epoch, places in train_parts(self.train_count, feed, start, stop):
             if epoch != shift_epoch:
                 shifts = np.random.default_rng([feed.seed, epoch, 1]).integers(0, 3, (self.train_count, 2))
                 shift_epoch = epoch
@@ -101,17 +133,57 @@ class Digits:
             yield self._deliver(self._windows[pick, :, down, right], self.train_labels[pick], feed)
 
     def test_batches(self, feed: Feed) -> Batches:
-        """Every test image once, in order; the last batch may be smaller."""
-        for start in range(0, self.test_count, feed.batch_size):
-            part = slice(start, start + feed.batch_size)
-            yield self._deliver(self.test_images[part], self.test_labels[part], feed)
+        """Every test image once, in order; see `test_parts`."""
+        for places in test_parts(self.test_count, feed):
+            pick = torch.from_numpy(places)
+            labels = torch.where(
+                pick < self.test_count, self.test_labels[pick.clamp(max=self.test_count - 1)], NO_LABEL
+            )
+            yield self._deliver(self.test_images[pick.clamp(max=self.test_count - 1)], labels, feed)
 
     @staticmethod
     def _deliver(images: Tensor, labels: Tensor, feed: Feed) -> Batch:
         images = images.to(feed.device)
         if feed.image_size != images.shape[-1]:
             images = F.interpolate(images, size=(feed.image_size,) * 2, mode="bilinear", antialias=True)
-        return images.expand(-1, feed.channels, -1, -1).contiguous(), labels.to(feed.device)
+        images = images.expand(-1, feed.channels, -1, -1).contiguous(memory_format=feed.memory_format)
+        return images, labels.to(feed.device)
+
+
+class Synthetic:
+    """Normal noise with random labels in 1000 classes, to measure the speed of everything but data; it teaches nothing.
+    Every step gets the same images, made once and kept on the device."""
+
+    name = "synthetic"
+    classes = 1000
+    channels = 3
+    image_size = None  # any
+    train_count = 12_800
+    test_count = 512
+
+    def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
+        """The parts of the steps start..stop-1, all steps alike."""
+        first = feed.process * feed.accumulate
+        parts = [
+            self._part(np.arange(part * feed.part, (part + 1) * feed.part), feed)
+            for part in range(first, first + feed.accumulate)
+        ]
+        for _ in range(start, stop):
+            yield from parts
+
+    def test_batches(self, feed: Feed) -> Batches:
+        """Test images of this process; see `test_parts`."""
+        for places in test_parts(self.test_count, feed):
+            images, labels = self._part(places, feed)
+            yield images, labels.where(torch.from_numpy(places).to(feed.device) < self.test_count, NO_LABEL)
+
+    def _part(self, indices: np.ndarray, feed: Feed) -> Batch:
+        shape = (feed.channels, feed.image_size, feed.image_size)
+        generators = [np.random.default_rng([feed.seed, index]) for index in indices.tolist()]
+        labels = torch.tensor([int(generator.integers(self.classes)) for generator in generators])
+        pixels = [torch.from_numpy(generator.standard_normal(shape, np.float32)) for generator in generators]
+        images = torch.stack(pixels).to(feed.device, memory_format=feed.memory_format)
+        return images, labels.to(feed.device)
 
 
 class ImageFolder:
@@ -119,6 +191,9 @@ class ImageFolder:
 
     Training images: a random crop of 8 to 100 % of the area and aspect 3/4 to 4/3, resized, flipped half of the time.
     Validation images: the centre 7/8 of the shorter side. Both normalised with ImageNet's mean and deviation.
+
+    What is random about an image is drawn from (seed, epoch, index), which transforms that draw from a process-wide
+    generator could not be; the pixels are PIL's, which decodes a JPEG at a fraction of its size where that suffices.
     """
 
     channels = 3
@@ -128,7 +203,9 @@ class ImageFolder:
         importlib.import_module("PIL.Image")  # raises here, not in a worker
         self.name = path.resolve().name
         if not path.is_dir():
-            raise TrainError(f"data {str(path)!r} is neither 'digits' nor a folder: check --data")
+            raise TrainError(
+                f"data {str(path)!r} is neither {' nor '.join(map(repr, NAMED))} nor a folder: check --data"
+            )
         for part in ("train", "val"):
             if not (path / part).is_dir():
                 raise TrainError(f"data {str(path)!r} has no folder {part}/: expected train/ and val/ of class folders")
@@ -152,15 +229,13 @@ class ImageFolder:
         return len(self._test)
 
     def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
-        """The batches of the steps start..stop-1. Raises TrainError naming a file that cannot be read."""
-        places = batch_places(self.train_count, feed.batch_size, feed.seed, start, stop)
-        keys = ((epoch, indices.tolist()) for epoch, indices in places)
+        """The parts of the steps start..stop-1. Raises TrainError naming a file that cannot be read."""
+        keys = ((epoch, indices.tolist()) for epoch, indices in train_parts(self.train_count, feed, start, stop))
         yield from _load(_Pictures(self._train, feed.image_size, feed.seed, augment=True), keys, feed)
 
     def test_batches(self, feed: Feed) -> Batches:
-        """Every validation image once, in order; the last batch may be smaller. Raises as train_batches does."""
-        starts = range(0, self.test_count, feed.batch_size)
-        keys = ((0, list(range(start, min(start + feed.batch_size, self.test_count)))) for start in starts)
+        """Every validation image once, in order; see `test_parts`. Raises as train_batches does."""
+        keys = ((0, indices.tolist()) for indices in test_parts(self.test_count, feed))
         yield from _load(_Pictures(self._test, feed.image_size, feed.seed, augment=False), keys, feed)
 
 
@@ -179,7 +254,8 @@ def _list_images(root: Path, classes: list[str]) -> list[tuple[str, int]]:
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """Whole batches by key (epoch, indices): (images [n, 3, size, size] uint8, labels [n]), or the text of an error."""
+    """Whole parts by key (epoch, indices): (images [n, 3, size, size] uint8, labels [n]), or the text of an error. An
+    index beyond the files gives some image without a label."""
 
     def __init__(self, files: list[tuple[str, int]], size: int, seed: int, augment: bool) -> None:
         self.files, self.size, self.seed, self.augment = files, size, seed, augment
@@ -188,13 +264,14 @@ class _Pictures(torch.utils.data.Dataset):
         epoch, indices = key
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
         for row, index in enumerate(indices):
-            path = self.files[index][0]
+            path = self.files[min(index, len(self.files) - 1)][0]
             try:
                 picture = self._read(path, epoch, index)
             except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files it cannot read
                 return f"cannot read image {path!r} ({error}): replace or remove it, then resume"
             images[row] = torch.from_numpy(picture).permute(2, 0, 1)
-        return images, torch.tensor([self.files[index][1] for index in indices])
+        labels = [self.files[index][1] if index < len(self.files) else NO_LABEL for index in indices]
+        return images, torch.tensor(labels)
 
     def _read(self, path: str, epoch: int, index: int) -> np.ndarray:
         """One image [size, size, 3] uint8."""
@@ -235,7 +312,7 @@ def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int,
 def _load(pictures: _Pictures, keys: Iterator[tuple[int, list[int]]], feed: Feed) -> Batches:
     loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         pictures,
-        batch_size=None,  # a key is a whole batch
+        batch_size=None,  # a key is a whole part
         sampler=keys,  # type: ignore[arg-type]
         num_workers=feed.workers,
         pin_memory=feed.device.type == "cuda",
@@ -248,7 +325,11 @@ def _load(pictures: _Pictures, keys: Iterator[tuple[int, list[int]]], feed: Feed
         if isinstance(batch, str):
             raise TrainError(batch)
         images, labels = (part.to(feed.device, non_blocking=True) for part in batch)
-        yield images.float().sub_(mean).div_(std), labels
+        yield images.to(torch.float32, memory_format=feed.memory_format).sub_(mean).div_(std), labels
+
+
+Data = Digits | Synthetic | ImageFolder
+NAMED: dict[str, type[Digits] | type[Synthetic]] = {"digits": Digits, "synthetic": Synthetic}
 
 
 def _ignore_signals(worker: int) -> None:

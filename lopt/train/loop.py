@@ -2,212 +2,101 @@
 
     config.json    the Config and the versions it ran under
     metrics.csv    one row per `log_every` steps and per evaluation
+    tensorboard/   the same rows, where `tensorboard` is installed
     checkpoint.pt  everything needed to go on, bit for bit on a CPU
 
 A batch is a pure function of (seed, step) and the generators' states are in the checkpoint, so a resumed run equals an
 uninterrupted one. Nothing in a step waits for the device: the loss is read for rows, checkpoints and the bar.
+
+Processes of a group take the same decisions at the same step: to write a row, to save, to stop. Process 0 writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lopt import HRNN, backends
-from lopt.train import TrainError, checkpoint, models
-from lopt.train.data import Digits, Feed, ImageFolder
+from lopt.train import TrainError, checkpoint, models, parallel
+from lopt.train.config import Config
+from lopt.train.data import NO_LABEL, Batches, Data, Feed
+from lopt.train.ema import Average
+from lopt.train.group import ALONE, Group
+from lopt.train.metrics import COLUMNS, TAGS, Counts, Metrics, Scores
+from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
+from lopt.train.precision import Precision
+from lopt.train.scalars import Scalars
+from lopt.train.stop import StopRequest
+from lopt.train.timing import StepTimes
 
-COLUMNS = (
-    "step",
-    "epoch",
-    "train_loss",  # mean cross-entropy (nats) over the images since the last row, as is train_accuracy
-    "train_accuracy",
-    "test_loss",  # empty where the row is no evaluation
-    "test_accuracy",
-    "images_per_second",  # since the last row, evaluation and checkpoints left out
-    "seconds",  # since the start of the run, everything included
-)
 AUXILIARY_WEIGHT = 0.4  # of an auxiliary classifier's loss; Szegedy et al. 2015
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides what a run computes, plus where and how often. None: the optimizer's own default."""
-
-    model: str
-    data: str
-    optimizer: str
-    lr: float
-    weight_decay: float
-    schedule: str
-    steps: int
-    batch_size: int
-    image_size: int
-    seed: int
-    device: str
-    threads: int
-    workers: int
-    log_every: int
-    eval_every: int
-    train_images: int
-    classes: int
-    init_lr: float | None = None
-    meta: str | None = None
-    state_format: str | None = None  # of HRNN; None: its default
-    backend: str | None = None
-    checkpoint_every: int | None = None  # None: by time
-    compare: tuple[str, ...] = ()
-
-    def save(self, path: Path) -> None:
-        content = {**asdict(self), "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        checkpoint.write_atomic(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-    @staticmethod
-    def load(path: Path) -> Config:
-        """Raises TrainError when the file is not what `save` writes."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content.pop("versions")
-            unknown = set(content) - {field.name for field in fields(Config)}
-            if unknown:
-                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            return Config(**{**content, "compare": tuple(content["compare"])})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise TrainError(f"{str(path)!r} is not the configuration of a run ({error}): check the folder") from error
-
-
-def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    options = {"init_lr": config.init_lr, "state_format": config.state_format}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    optimizer = HRNN(
-        model.parameters(),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        meta=config.meta,
-        backend=config.backend,
-        **given,
-    )
-    # Raises here, not at the first step.
-    backends.choose(torch.device(config.device), optimizer.config, config.backend, optimizer.state_format)
-    return optimizer
-
-
-def _adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-
-
-def _sgd(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
-    )
-
-
-@dataclass(frozen=True)
-class OptimizerChoice:
-    label: str
-    make: Callable[[nn.Module, Config], torch.optim.Optimizer]
-    lr: float
-    weight_decay: float
-
-
-OPTIMIZERS = {
-    "hrnn": OptimizerChoice("HRNN", _hrnn, lr=1.0, weight_decay=0.0),
-    "adamw": OptimizerChoice("AdamW", _adamw, lr=1e-3, weight_decay=1e-2),
-    "sgd": OptimizerChoice("SGD", _sgd, lr=0.1, weight_decay=5e-4),
-}
-
-SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done -> factor of lr
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-}
-
-
-class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Inside, the first SIGINT or SIGTERM is only noted in `received`; a second one acts as it did outside."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be entered from here
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-
-class Meter:
-    """Sums since the last row, kept on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, device=device)  # loss times images, correct answers
-        self.images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.sums += torch.stack((loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()))
-        self.images += len(labels)
-
-    def means(self) -> tuple[float, float]:
-        """(loss, accuracy); waits for the device."""
-        loss, correct = (self.sums / max(self.images, 1)).tolist()
-        return loss, correct
-
-    def clear(self) -> None:
-        self.sums.zero_()
-        self.images = 0
+class Diverged(TrainError):
+    """The training loss is not finite."""
 
 
 class Training:
-    """One model in training. Building it writes nothing; TrainError when model, data and optimizer do not fit."""
+    """One model in training, by the processes of a group. Building it writes nothing; TrainError when model, data and
+    optimizer do not fit."""
 
-    def __init__(self, config: Config, data: Digits | ImageFolder) -> None:
-        self.config, self.data = config, data
-        self.device = torch.device(config.device)
+    def __init__(self, config: Config, data: Data, group: Group = ALONE) -> None:
+        self.config, self.data, self.group = config, data, group
+        self.device = parallel.own_device(config.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # all batches have one shape
         torch.manual_seed(config.seed)
         self.model, _, channels = models.build(config.model, data.classes, data.channels, config.image_size)
+        self.feed = Feed(
+            config.batch_size,
+            channels,
+            config.image_size,
+            self.device,
+            config.seed,
+            config.workers,
+            config.channels_last,
+            config.accumulate,
+            group.rank,
+            group.size,
+        )
+        if config.sync_bn:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(self.device)
-        self.feed = Feed(config.batch_size, channels, config.image_size, self.device, config.seed, config.workers)
+        if config.channels_last and not (group.size > 1 and config.parallel == "fsdp"):  # shards are contiguous
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _check_shape(self.model, self.feed, config, data.classes)
+        self.average = None if config.ema is None else Average(self.model, config.ema)
+        parallel.prepare(self.model, config, group)
+        if self.average is not None:
+            parallel.prepare(self.average.model, config, group)
         try:
             self.optimizer = OPTIMIZERS[config.optimizer].make(self.model, config)
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise TrainError(f"optimizer {config.optimizer!r}: {error}") from error
+        self.forward = parallel.wrap(self.model, config, group)
+        if config.compile:
+            self.forward.compile()
+        self.precision = Precision(config.amp, self.device)
         factor = SCHEDULES[config.schedule]
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step / config.steps))
-        self.meter = Meter(self.device)
         self.step = 0  # steps taken
         self.row_step = 0  # step of the last row in metrics.csv
         self.seconds = 0.0  # of training before this process
+        self.sums = torch.zeros(2, device=self.device)  # loss and correct answers over the images since the last row
+        self.times = StepTimes(self.device)
         self._batches_per_epoch = data.train_count // config.batch_size
+        self.model.train()
+        if group.rank:
+            self._seed_anew()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -217,15 +106,21 @@ class Training:
         """Continue from the checkpoint at `path`. Raises TrainError when it is damaged or of another model."""
         state = checkpoint.load(path)
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            parallel.load_model(self.model, state["model"])
+            parallel.load_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self.meter.sums.copy_(state["meter"])
-            self.meter.images, self.step, self.row_step = state["meter_images"], state["step"], state["row_step"]
-            self.seconds = state["seconds"]
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["rng_cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+            self.precision.scaler.load_state_dict(state.get("scaler", {}))
+            if self.average is not None:
+                parallel.load_model(self.average.model, state["average"])
+                self.average.updates = state["average_updates"]
+            if self.group.rank == 0:
+                self.sums.copy_(state["meter"])
+            self.step, self.row_step, self.seconds = state["step"], state["row_step"], state["seconds"]
+            generators = [(state["rng"], state["rng_cuda"]), *state.get("rng_others", [])]
+            if self.group.rank < len(generators):
+                self._set_generators(*generators[self.group.rank])
+            else:
+                self._seed_anew()
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise TrainError(
                 f"checkpoint {str(path)!r} does not fit model {self.config.model!r} and optimizer "
@@ -233,96 +128,111 @@ class Training:
             ) from error
 
     def run(self, folder: Path, stop: StopRequest) -> bool:
-        """Train to config.steps, or until `stop` has received a signal; a checkpoint is there in either case.
+        """Train to config.steps, or until `stop` has received a signal in any process; a checkpoint is there in either
+        case.
 
-        folder: the run folder, existing. Returns whether all steps are done. Raises TrainError when the loss is not
-        finite, an image cannot be read or a file cannot be written.
+        folder: the run folder, existing. Returns whether all steps are done. Raises TrainError when an image cannot be
+        read or a file cannot be written, Diverged when the loss is not finite.
         """
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
         config, path = self.config, folder / "checkpoint.pt"
         if self.step > config.steps:
             raise TrainError(f"--steps {config.steps} is less than the {self.step} steps already taken: give more")
         if self.step == self.row_step == config.steps and path.exists():
             return True
         started = time.perf_counter() - self.seconds
-        bar = tqdm(
-            total=config.steps * config.batch_size,
-            initial=self.step * config.batch_size,
-            unit="img",
-            unit_scale=True,
-            smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
-            desc=config.optimizer,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-        )
         batches = self.data.train_batches(self.feed, self.step, config.steps)
-        test_text = ""
-        with _Metrics(folder / "metrics.csv", self.row_step) as metrics, bar, contextlib.closing(batches):
-            self.model.train()
-            clock = shown = saved = time.perf_counter()
+        with self._record(folder) as record, self._bar() as bar, contextlib.closing(batches):
+            self.times.clear()
+            shown = saved = time.perf_counter()
             save_cost = 0.0
             saved_steps = (self.step, self.row_step) if path.exists() else None
             while True:
                 if self._row_due():
-                    loss, accuracy = self._finite_means(folder)
-                    speed = self.meter.images / (time.perf_counter() - clock)
-                    test = self._evaluate(stop) if self._evaluation_due() else ("", "")
-                    if test is not None:
-                        epoch = round(self.step / self._batches_per_epoch, 4)
+                    row = self._train_part_of_row(folder)
+                    evaluation = self._evaluate(stop) if self._evaluation_due() else {}
+                    if evaluation is not None:
                         seconds = round(time.perf_counter() - started, 2)
-                        metrics.add(self.step, epoch, loss, accuracy, *test, round(speed, 1), seconds)
+                        record(dict.fromkeys(COLUMNS, "") | row | evaluation | {"seconds": seconds})
                         self.row_step = self.step
-                        self.meter.clear()
-                        test_text = f", test {100 * test[1]:.1f} %" if isinstance(test[1], float) else test_text
-                    clock = time.perf_counter()
-                ending = self.step >= config.steps or stop.received is not None
-                due = ending or self._save_due(time.perf_counter() - saved, save_cost)
-                if due and saved_steps != (self.step, self.row_step):
+                        self.sums.zero_()
+                        if "test_accuracy" in evaluation:
+                            bar.test_text = f", test {100 * evaluation['test_accuracy']:.1f} %"
+                    self.times.clear()
+                signal_number, save_due = self._agree(stop, self._save_due(time.perf_counter() - saved, save_cost))
+                ending = self.step >= config.steps or signal_number > 0
+                if (ending or save_due) and saved_steps != (self.step, self.row_step):
                     self._finite_means(folder)
                     before = time.perf_counter()
                     self.seconds = before - started
                     self._save(path)
                     saved, saved_steps = time.perf_counter(), (self.step, self.row_step)
                     save_cost = saved - before
-                    clock += save_cost
+                    self.times.leave_out(save_cost)
                 if ending:
                     return self.row_step == config.steps
-                self._train_step(*next(batches))
-                if time.perf_counter() - shown > 0.5 or self.step == config.steps:
-                    loss, accuracy = self._finite_means(folder)
-                    bar.set_postfix_str(f"loss {loss:.3g}, accuracy {100 * accuracy:.1f} %{test_text}", refresh=False)
+                with _cures_named(config):
+                    self.take_step(batches)
+                if self.group.rank == 0 and (time.perf_counter() - shown > 0.5 or self.step == config.steps):
+                    bar.set_postfix_str(self._bar_text() + bar.test_text, refresh=False)
                     shown = time.perf_counter()
                 bar.update(config.batch_size)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        output = self.model(images)
-        logits, *auxiliary = output if isinstance(output, tuple) else (output,)
-        loss = F.cross_entropy(logits, labels)
-        total = loss + AUXILIARY_WEIGHT * sum(F.cross_entropy(other, labels) for other in auxiliary)
+    def take_step(self, batches: Batches) -> None:
+        """One step on the next batch."""
+        parts = self.config.accumulate
         self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
+        for part in range(parts):
+            with self.times.data.measure():
+                images, labels = next(batches)
+            with parallel.gradients(self.forward, exchanged=part == parts - 1):
+                with self.precision.autocast():
+                    output = self.forward(images)
+                logits, *auxiliary = output if isinstance(output, tuple) else (output,)
+                loss = self._loss(logits, labels)
+                total = loss + AUXILIARY_WEIGHT * sum(self._loss(other, labels) for other in auxiliary)
+                self.precision.backward(total / parts)
+            correct = (logits.detach().argmax(1) == labels).sum()
+            self.sums += torch.stack((loss.detach() * len(labels), correct))
+        with self.times.optimizer.measure():
+            self.precision.step(self.optimizer)
         self.schedule.step()
-        self.meter.add(loss, logits, labels)
+        if self.average is not None:
+            self.average.update(self.model)
         self.step += 1
+        self.times.steps += 1
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
     @torch.no_grad()
-    def _evaluate(self, stop: StopRequest) -> tuple[float, float] | None:
-        """(loss, accuracy) over all test images; None when a signal came meanwhile."""
-        meter = Meter(self.device)
+    def _evaluate(self, stop: StopRequest) -> dict[str, float] | None:
+        """Fields of a row, over all test images; None when a signal came meanwhile."""
+        contenders = {"": self.forward} if self.average is None else {"": self.forward, "ema_": self.average.model}
+        counts = {name: Counts(self.device) for name in contenders}
+        for module in contenders.values():
+            parallel.share_buffers(module, self.group)
         self._set_mode("eval")
         try:
             with contextlib.closing(self.data.test_batches(self.feed)) as batches:
                 for images, labels in batches:
-                    if stop.received is not None:
+                    if self._agree(stop)[0]:
                         return None
-                    logits = self.model(images)
-                    meter.add(F.cross_entropy(logits, labels), logits, labels)
+                    for name, module in contenders.items():
+                        with self.precision.autocast():
+                            logits = module(images)
+                        losses = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+                        counts[name].add(losses, logits, labels)
         finally:
             self._set_mode("train")
-        return meter.means()
+            for module in contenders.values():
+                parallel.reshard(module)
+        fields: dict[str, float] = {}
+        for name, count in counts.items():
+            scores: Scores = count.scores(self.group.sum(count.sums), self.config.classes)
+            fields |= {f"{name}test_loss": scores.loss, f"{name}test_accuracy": scores.accuracy}
+            if scores.top5 is not None and not name:
+                fields["test_top5"] = scores.top5
+        return fields
 
     def _set_mode(self, mode: str) -> None:
         getattr(self.model, mode)()
@@ -341,34 +251,136 @@ class Training:
             return self.step > 0 and self.step % self.config.checkpoint_every == 0
         return since > max(30.0, 20 * cost)
 
+    def _agree(self, stop: StopRequest, save_due: bool = False) -> tuple[int, bool]:
+        """(signal that any process has received or 0, whether any wants to save): the same for all processes."""
+        own = stop.received or 0
+        number, due = map(int, self.group.max([own, save_due]))
+        if number and not own:
+            stop.received = number
+        return number, bool(due)
+
     def _save(self, path: Path) -> None:
-        checkpoint.save(
-            path,
-            {
-                "step": self.step,
-                "row_step": self.row_step,
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "meter": self.meter.sums,
-                "meter_images": self.meter.images,
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
-        )
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        generators = self.group.to_first((torch.get_rng_state(), cuda))
+        state = {
+            "step": self.step,
+            "row_step": self.row_step,
+            "seconds": self.seconds,
+            "model": parallel.gathered(self.model.state_dict()),
+            "optimizer": parallel.gathered(self.optimizer.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "meter": self.group.sum(self.sums),
+        }
+        if self.average is not None:
+            state["average"] = parallel.gathered(self.average.model.state_dict())
+            state["average_updates"] = self.average.updates
+        if self.group.rank == 0:
+            (state["rng"], state["rng_cuda"]), *state["rng_others"] = generators
+            checkpoint.save(path, state)
+
+    def _set_generators(self, cpu: Tensor, cuda: Tensor | None) -> None:
+        torch.set_rng_state(cpu)
+        if self.device.type == "cuda" and cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.device)
+
+    def _seed_anew(self) -> None:
+        """Dropout of its own for a process that no checkpoint tells how to go on."""
+        entropy = [self.config.seed, self.group.rank, self.step]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def _means(self, sums: Tensor) -> tuple[float, float]:
+        """(loss, accuracy) of sums over the images since the last row; waits for the device."""
+        images = max(1, (self.step - self.row_step) * self.config.batch_size)
+        loss, correct = (sums / images).tolist()
+        return loss, correct
 
     def _finite_means(self, folder: Path) -> tuple[float, float]:
-        loss, accuracy = self.meter.means()
+        """Of all processes."""
+        loss, accuracy = self._means(self.group.sum(self.sums))
         if not math.isfinite(loss):
             path = folder / "checkpoint.pt"
             kept = f"the checkpoint before it is {str(path)!r}" if path.exists() else "there is no checkpoint before it"
             smaller = "--init-lr" if self.config.optimizer == "hrnn" else "--lr"
-            raise TrainError(
+            raise Diverged(
                 f"the training loss of {self.config.optimizer} (lr {self.config.lr:g}) is {loss} at step {self.step}; "
                 f"{kept}. Start again with a smaller {smaller}"
             )
         return loss, accuracy
+
+    def _train_part_of_row(self, folder: Path) -> dict[str, Any]:
+        loss, accuracy = self._finite_means(folder)
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / self._batches_per_epoch, 4),
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+        }
+        if self.times.steps:  # none where a resumed run makes up for an evaluation
+            seconds, data, optimizer = self.times.per_step()
+            row["images_per_second"] = round(self.config.batch_size / seconds, 1)
+            row |= {"data_seconds": float(f"{data:.4g}"), "optimizer_seconds": float(f"{optimizer:.4g}")}
+        return row
+
+    @contextlib.contextmanager
+    def _record(self, folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Inside, a function that writes a row; it does nothing in processes other than 0."""
+        if self.group.rank:
+            yield lambda row: None
+            return
+        scalars = Scalars(folder / "tensorboard", TAGS, self.row_step)
+        with Metrics(folder / "metrics.csv", self.row_step) as metrics, contextlib.closing(scalars):
+
+            def record(row: dict[str, Any]) -> None:
+                metrics.add(row)
+                scalars.add(self.step, row)
+
+            yield record
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        config = self.config
+        bar = tqdm(
+            disable=self.group.rank > 0,
+            total=config.steps * config.batch_size,
+            initial=self.step * config.batch_size,
+            unit="img",
+            unit_scale=True,
+            smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+            desc=config.optimizer,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
+        bar.test_text = ""
+        return bar
+
+    def _bar_text(self) -> str:
+        """Means since the last row, of this process; waits for the device."""
+        loss, accuracy = (value * self.group.size for value in self._means(self.sums))
+        seconds, data, optimizer = self.times.per_step()
+        return (
+            f"data {100 * data / seconds:.0f} %, optimizer {100 * optimizer / seconds:.0f} %, loss {loss:.3g}, "
+            f"accuracy {100 * accuracy:.1f} %"
+        )
+
+
+@contextlib.contextmanager
+def _cures_named(config: Config) -> Iterator[None]:
+    """Raises TrainError for what a step may meet that other options avoid."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            f"a step of {config.batch_size} images in {config.accumulate} part(s) exceeds the memory of "
+            f"{config.device!r}: resume with a larger --accumulate, or start with --amp bf16"
+        ) from error
+    except RuntimeError as error:
+        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            raise TrainError(f"--compile does not work here ({reason}): resume with --no-compile") from error
+        raise
 
 
 def _check_shape(model: nn.Module, feed: Feed, config: Config, classes: int) -> None:
@@ -386,40 +398,3 @@ def _check_shape(model: nn.Module, feed: Feed, config: Config, classes: int) -> 
     if not isinstance(output, Tensor) or output.shape != (1, classes):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise TrainError(f"model {config.model!r} is no image classifier: it returns {got}, not logits [1, {classes}]")
-
-
-class _Metrics(contextlib.AbstractContextManager["_Metrics"]):
-    """metrics.csv open for more rows; rows after `last_step`, of a run killed after its checkpoint, are dropped."""
-
-    def __init__(self, path: Path, last_step: int) -> None:
-        self.path = path
-        rows = [row for row in read_metrics(path) if int(row[0]) <= last_step] if path.exists() else []
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        try:
-            checkpoint.write_atomic(path, lambda file: file.write(text.getvalue().encode()))
-            self.file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed in __exit__
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def add(self, *row: object) -> None:
-        try:
-            csv.writer(self.file, lineterminator="\n").writerow(row)
-            self.file.flush()
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> TrainError:
-        return TrainError(
-            f"{str(self.path)!r} cannot be written ({error}): free space or make the folder writable, then resume"
-        )
-
-    def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):  # every row was flushed; a row that was not has been reported
-            self.file.close()
-
-
-def read_metrics(path: Path) -> list[list[str]]:
-    """The rows of metrics.csv as text, without the header and without a row that was cut off by a kill."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]

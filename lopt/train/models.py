@@ -6,6 +6,7 @@ import importlib
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,37 @@ class PreResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.blocks(self.stem(x))))
         return self.head(x.mean((2, 3)))
+
+
+class InceptionV3(nn.Module):
+    """pytorchcv's InceptionV3 with the auxiliary classifier that it leaves out, on the last grid of 17x17 cells:
+    Szegedy et al. 2015, "Rethinking the Inception Architecture", section 4, with the layers of torchvision's.
+
+    Images [n, 3, h, w] -> logits [n, classes]; in training mode (logits, auxiliary logits).
+    """
+
+    def __init__(self, model: Any, classes: int, native: bool) -> None:
+        super().__init__()
+        grid = [name for name, _ in model.features.named_children()].index("stage2") + 1
+        self.lower, self.upper, self.output = model.features[:grid], model.features[grid:], model.output
+        self.auxiliary = nn.Sequential(
+            nn.AvgPool2d(5, stride=3) if native else nn.AdaptiveAvgPool2d(5),  # to 5x5 cells
+            *_convolution(768, 128, 1),
+            *_convolution(128, 768, 5),
+            nn.Flatten(),
+            nn.Linear(768, classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        grid = self.lower(x)
+        logits = self.output(self.upper(grid).flatten(1))
+        return (logits, self.auxiliary(grid)) if self.training else logits
+
+
+def _convolution(inputs: int, outputs: int, size: int) -> tuple[nn.Module, ...]:
+    layer = nn.Conv2d(inputs, outputs, size, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer, nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU(inplace=True)
 
 
 OWN = {"preresnet8": (16, 32, 64)}
@@ -109,6 +141,8 @@ def _pytorchcv(name: str, classes: int, image_size: int | None) -> tuple[nn.Modu
     pool = getattr(getattr(model, "features", None), "final_pool", None)
     if image_size not in (None, native) and isinstance(pool, nn.AvgPool2d):
         model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # the same numbers at the native size
+    if name == "inceptionv3":
+        model = InceptionV3(model, classes, native=image_size in (None, native))
     return model, native
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lopt.train.checkpoint import write_atomic
-from lopt.train.loop import COLUMNS, read_metrics
+from lopt.train.metrics import COLUMNS, read_metrics
 
 COLOURS = ("#0b62a4", "#e07b00", "#4d9221", "#7b3294", "#525252")
 ACCURACY_TICKS = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lopt.meta.distributed import Group
 from lopt.meta.meta_train import MetaTraining
 from lopt.meta.tasks import Random
 from lopt.train import TrainError, checkpoint
+from lopt.train.group import Group
 
 from .test_meta_train import tiny
 
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from tests.meta.test_meta_train import tiny
 from lopt.meta import meta_train
-from lopt.meta.distributed import Group
+from lopt.train.group import Group
 from lopt.train import checkpoint
 meta_train.draw = lambda *args: None
 meta_train.MetaTraining._validate = lambda self: (self.flat.sum().item(), 0.0)

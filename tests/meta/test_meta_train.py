@@ -18,7 +18,7 @@ from lopt.meta.meta_train import COLUMNS, MetaTraining, TFRMSProp
 from lopt.meta.recipe import Recipe, Stage
 from lopt.meta.tasks import Task, networks, paper
 from lopt.meta.unroll import Augment, Draw, Objective
-from lopt.train.loop import StopRequest
+from lopt.train.stop import StopRequest
 
 CONFIG = HRNNConfig(level_sizes=(3, 3, 3), timescales=2, ms_eps=1e-24, rms_eps=1e-30)
 

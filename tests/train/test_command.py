@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from lopt.train import TrainError, checkpoint, command, plots
-from lopt.train.loop import Config, read_metrics
+from lopt.train.config import Config
+from lopt.train.metrics import read_metrics
 
 SameRun = Callable[[Path, Path], None]
 MakeTree = Callable[..., Path]
@@ -92,7 +93,7 @@ def test_a_run_leaves_config_metrics_curves_and_checkpoint(
     monkeypatch.chdir(tmp_path)
     assert run(*QUICK) == 0
     folder = tmp_path / "runs" / "preresnet8-digits-adamw-1"
-    names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"}
+    names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt", "tensorboard"}
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert (config["model"], config["optimizer"], config["steps"]) == ("preresnet8", "adamw", 12)

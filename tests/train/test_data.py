@@ -130,7 +130,7 @@ def test_loading_files_leaves_the_global_generator_alone(tree: Path) -> None:
 def test_a_folder_that_is_no_image_folder_is_refused_with_what_is_missing(
     tmp_path: Path, make_tree: Callable[..., Path]
 ) -> None:
-    with pytest.raises(TrainError, match="neither 'digits' nor a folder"):
+    with pytest.raises(TrainError, match="neither 'digits' nor 'synthetic' nor a folder"):
         open_data(str(tmp_path / "nowhere"))
     with pytest.raises(TrainError, match="no folder train/"):
         open_data(str(tmp_path))

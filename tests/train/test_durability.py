@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from lopt.train import TrainError, checkpoint, command, models, plots
-from lopt.train.loop import read_metrics
+from lopt.train.metrics import read_metrics
 
 KILLS = int(os.environ.get("LOPT_KILLS", "6"))
 STEPS = 40
@@ -133,7 +133,7 @@ def test_a_folder_that_became_read_only_ends_the_run_with_its_last_checkpoint(
 ) -> None:
     folder = tmp_path / "run"
     assert run(*OPTIONS, "--steps", 4, "--schedule", "constant", "--out", folder) == 0
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     real = open
 
     def read_only(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -145,6 +145,6 @@ def test_a_folder_that_became_read_only_ends_the_run_with_its_last_checkpoint(
     with pytest.raises(TrainError, match=r"cannot be written \(.*Read-only file system.*make .* writable"):
         run("--resume", folder, "--steps", 8)
     monkeypatch.setattr("builtins.open", real)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert run("--resume", folder, "--steps", 8) == 0
     assert int(read_metrics(folder / "metrics.csv")[-1][0]) == 8

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from lopt.train import TrainError, checkpoint, loop, models
+from lopt.train.config import Config
 from lopt.train.data import Digits
-from lopt.train.loop import COLUMNS, Config, StopRequest, Training, read_metrics
+from lopt.train.loop import Training
+from lopt.train.metrics import COLUMNS, read_metrics
+from lopt.train.stop import StopRequest
 
 CONFIG = Config(
     model="preresnet8", data="digits", optimizer="adamw", lr=1e-3, weight_decay=1e-2, schedule="cosine", steps=24,
@@ -112,7 +115,7 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_row_too(
     train(CONFIG, data, tmp_path / "whole")
     train(CONFIG, data, tmp_path / "parts", StopAfter(9))
     with open(tmp_path / "parts" / "metrics.csv", "a") as file:
-        file.write("12,0.27,9.9,0.5,,,100.0,1.0\n16,0.36,9.9,0.5,,,100.0,1.0\n20,0.4")
+        file.write("12,0.27,9.9,0.5,,,,,,9,0,0,1.0\n16,0.36,9.9,0.5,,,,,,9,0,0,1.0\n20,0.4")
     train(CONFIG, data, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -130,7 +133,7 @@ def test_metrics_have_a_row_every_log_and_evaluation_step_of_means_since_the_las
         mean = fine[since : int(row[0])].mean(0)
         assert float(row[2]) == pytest.approx(mean[2], rel=1e-6)
         assert float(row[3]) == pytest.approx(mean[3], rel=1e-6)
-        assert float(row[6]) > 0
+        assert float(row[COLUMNS.index("images_per_second")]) > 0
 
 
 def test_training_learns_digits(data: Digits, tmp_path: Path) -> None:

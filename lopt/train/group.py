@@ -1,8 +1,6 @@
-"""Meta-training by several processes: `torchrun --nproc-per-node N -m lopt meta-train ...`.
+"""Processes that advance together, as `torchrun` starts them; one alone is a group too.
 
-The rows of every world are shared out equally. All processes draw the same random numbers from the same seed and keep
-their part, so the result is that of one process with all rows, up to rounding. Evolution strategies exchange losses
-alone: every process draws all perturbations. Backpropagation exchanges the mean meta-gradient.
+What is agreed upon travels over gloo, on the CPU: agreeing never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -27,26 +25,35 @@ class Group:
         self.rank, self.size = rank, size
 
     @classmethod
-    def from_environment(cls) -> Group:
-        """The group that `torchrun` has announced in the environment, joined over gloo; else this process alone."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    def from_environment(cls, backend: str = "gloo") -> Group:
+        """The group that `torchrun` has announced in the environment, joined; else this process alone.
+
+        Args:
+            backend: of `torch.distributed`, with gloo for tensors on the CPU.
+        """
+        if announced() < 2:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group(backend)
         return cls(dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
         """Leave the group, at the end of the process."""
         if self.size > 1:
+            self.max([0.0])  # none leaves while another still waits for it
             dist.destroy_process_group()
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes of a tensor of any shape."""
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes of a tensor of any shape."""
         if self.size == 1:
             return values
         sums = values.detach().cpu()
         dist.all_reduce(sums)
-        return (sums / self.size).to(values.device)
+        return sums.to(values.device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes of a tensor of any shape."""
+        return values if self.size == 1 else self.sum(values) / self.size
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """The tensor of every process, in the order of their ranks."""
@@ -57,13 +64,17 @@ class Group:
         dist.all_gather(parts, own)
         return [part.to(values.device) for part in parts]
 
+    def max(self, values: Sequence[float]) -> list[float]:
+        """For each value the largest that a process has."""
+        if self.size == 1:
+            return list(values)
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag whether a process has raised it."""
-        if self.size == 1:
-            return list(flags)
-        raised = torch.tensor([float(flag) for flag in flags])
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return [value > 0 for value in raised.tolist()]
+        return [value > 0 for value in self.max(flags)]
 
     def from_first(self, value: Any) -> Any:
         """What process 0 has: anything that can be pickled."""
@@ -83,3 +94,8 @@ class Group:
 
 
 ALONE = Group()
+
+
+def announced() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,63 @@
+"""The optimizers that `lopt train` compares, and schedules of their lr."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lopt import HRNN, backends
+from lopt.train.config import Config
+
+
+def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    options = {"init_lr": config.init_lr, "state_format": config.state_format}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    optimizer = HRNN(
+        model.parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        meta=config.meta,
+        backend=config.backend,
+        **given,
+    )
+    # Raises here, not at the first step.
+    backends.choose(torch.device(config.device), optimizer.config, config.backend, optimizer.state_format)
+    return optimizer
+
+
+def _adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _sgd(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    # A loss scaler waits for the device before every step of an optimizer that does not unscale for itself, as the
+    # fused one does. That one takes no shards.
+    how = {"fused": True} if config.amp == "fp16" and config.parallel != "fsdp" else {"foreach": True}
+    return torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, **how
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    label: str
+    make: Callable[[nn.Module, Config], torch.optim.Optimizer]
+    lr: float
+    weight_decay: float
+
+
+OPTIMIZERS = {
+    "hrnn": OptimizerChoice("HRNN", _hrnn, lr=1.0, weight_decay=0.0),
+    "adamw": OptimizerChoice("AdamW", _adamw, lr=1e-3, weight_decay=1e-2),
+    "sgd": OptimizerChoice("SGD", _sgd, lr=0.1, weight_decay=5e-4),
+}
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done -> factor of lr
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+}

@@ -1,0 +1,156 @@
+"""A run and those it is compared with: the same task for other optimizers, each in a folder inside the run's."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lopt import HRNN, backends
+from lopt.train import TrainError
+from lopt.train.config import Config
+from lopt.train.data import Data
+from lopt.train.loop import Diverged, Training
+from lopt.train.metrics import COLUMNS, read_metrics
+from lopt.train.optimizers import OPTIMIZERS
+from lopt.train.stop import StopRequest
+
+
+def train_all(training: Training, folder: Path | None) -> int:
+    """Train to the end or until a signal, then the rivals; draw all curves. folder: existing or to be made; None: the
+    first free one below runs/. Returns the exit code: 0, or 130 or 143 after SIGINT or SIGTERM."""
+    config, data, group = training.config, training.data, training.group
+    folder = group.from_first(make_folder(folder, config, data) if group.rank == 0 else None)
+    if group.rank == 0:
+        _announce(training, folder)
+    drawn: dict[str, Path] = {}
+    done = True
+    with StopRequest() as stop:
+        for rival in ("", *config.compare):
+            if rival:
+                training = Training(rival_config(config, rival), data, group)
+            home = folder / rival.replace(":", "-")
+            if group.rank == 0:
+                make_folder(home, training.config, data)
+            if group.from_first((home / "checkpoint.pt").exists()):
+                training.restore(home / "checkpoint.pt")
+            if group.rank == 0:
+                _write_config(training.config, home)
+            label = f"{OPTIMIZERS[training.config.optimizer].label}, lr {training.config.lr:g}"
+            outcome = None
+            try:
+                done = training.run(home, stop)
+            except Diverged as error:
+                if not rival:
+                    raise
+                outcome = f"ended: {error}"
+            drawn[label] = home / "metrics.csv"
+            if group.rank == 0:
+                _draw(folder, f"{config.model} on {data.name}", drawn)
+            if not done:
+                break
+            if group.rank == 0:
+                print(f"result     {label}: {outcome or _result(training, home)}", flush=True)
+    if group.rank == 0 and done:
+        print(f"files      {folder}: curves.png, metrics.csv, checkpoint.pt, config.json")
+    if group.rank == 0 and not done:
+        print(
+            f"stopped at step {training.step:,} of {training.config.steps:,} ({label}); "
+            f"continue with: lopt train --resume {folder}"
+        )
+    return 0 if done else 128 + (stop.received or signal.SIGINT)
+
+
+def rival_config(config: Config, rival: str) -> Config:
+    """The same task for another optimizer; rival: NAME or NAME:LR."""
+    name, _, lr = rival.partition(":")
+    choice = OPTIMIZERS[name]
+    return replace(
+        config,
+        optimizer=name,
+        lr=float(lr) if lr else choice.lr,
+        weight_decay=choice.weight_decay,
+        steps=min(config.steps, config.compare_steps or config.steps),
+        init_lr=None,
+        meta=None,
+        state_format=None,
+        backend=None,
+        compare=(),
+        compare_steps=None,
+    )
+
+
+def make_folder(folder: Path | None, config: Config, data: Data) -> Path:
+    """An existing folder: the given one, or runs/<model>-<data>-<optimizer>-<n>. Raises TrainError."""
+    stem = f"{config.model}-{data.name}-{config.optimizer}".replace(":", "-").replace("/", "-")
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        for number in itertools.count(1):
+            folder = Path("runs", f"{stem}-{number}")
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise TrainError(f"run folder {str(folder)!r} cannot be made ({error}): choose another --out") from error
+    raise AssertionError("unreachable")
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    try:
+        config.save(folder / "config.json")
+    except OSError as error:
+        text = f"run folder {str(folder)!r} cannot be written ({error}): make it writable, or choose another"
+        raise TrainError(text) from error
+
+
+def _draw(folder: Path, title: str, drawn: dict[str, Path]) -> None:
+    from lopt.train import plots
+
+    try:
+        plots.draw(folder / "curves.png", title, drawn)
+    except OSError as error:
+        text = f"{str(folder / 'curves.png')!r} cannot be written ({error}): free space, then resume"
+        raise TrainError(text) from error
+
+
+def _announce(training: Training, folder: Path) -> None:
+    config, data, group = training.config, training.data, training.group
+    tensors = training.parameters
+    details = [f"lr {config.lr:g} ({config.schedule})", f"weight decay {config.weight_decay:g}"]
+    if isinstance(training.optimizer, HRNN):
+        own = training.optimizer
+        backend = backends.choose(training.device, own.config, config.backend, own.state_format)
+        details += [f"init_lr {own.defaults['init_lr']:g}", f"{own.state_format} state"]
+        details += [f"backend {backend.__name__.rpartition('.')[2]}"]
+    epochs = config.steps * config.batch_size / data.train_count
+    threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
+    where = config.device + (threads if config.device == "cpu" else "")
+    where += f" in {group.size} processes ({config.parallel})" if group.size > 1 else ""
+    print(f"model      {config.model}: {sum(map(torch.numel, tensors)):,} parameters in {len(tensors)} tensors")
+    print(
+        f"data       {data.name}: {data.train_count:,} training and {data.test_count:,} test images of "
+        f"{config.image_size}x{config.image_size} in {data.classes} classes"
+    )
+    print(f"optimizer  {OPTIMIZERS[config.optimizer].label}: {', '.join(details)}")
+    steps = f"{config.steps:,} steps of {config.batch_size} images ({epochs:.3g} epochs)"
+    print(f"run        {steps} on {where}, in {folder}", flush=True)
+
+
+def _result(training: Training, folder: Path) -> str:
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in read_metrics(folder / "metrics.csv")]
+    last = next(row for row in reversed(rows) if row["test_accuracy"])
+    skipped = int(getattr(training.optimizer, "skipped_steps", 0))
+    said = f"test accuracy {100 * float(last['test_accuracy']):.2f} %"
+    if last["test_top5"]:
+        said += f" (top-5 {100 * float(last['test_top5']):.2f} %)"
+    if last["ema_test_accuracy"]:
+        said += f", of the averaged weights {100 * float(last['ema_test_accuracy']):.2f} %"
+    said += f", test loss {float(last['test_loss']):.4f}, {training.step:,} steps in {training.seconds:.0f} s"
+    return said + (f"; {skipped:,} steps with a non-finite gradient were skipped" if skipped else "")
