@@ -129,7 +129,7 @@ def curves(
     """A panel for each task: minibatch loss, geometric mean over the seeds, averaged over a tenth of the steps.
 
     Args:
-        values: task -> a curve for each entrant. starts: task -> loss at the start.
+        values: task -> a curve for each entrant. starts: task -> loss at the start, likewise.
     """
     figure, panels, fitting = _panels(len(values), 4, 3.6, 2.7, len(entrants))
     for (task, own), axes in zip(values.items(), panels, strict=True):

@@ -249,7 +249,12 @@ def _per_task(evaluation: Evaluation, part: Part, entrants: list[Entrant], folde
             head = ["", *(entrant.label for entrant in entrants)]
             lines += [title + "\n", *_markdown(head, rows), ""]
     values = {task: [_curve(evaluation, part, entrant, task) for entrant in entrants] for task in tasks}
-    starts = {task: statistics.of(results, entrants[0], task, steps, seeds)[0].start for task in tasks}
+    starts = {
+        task: statistics.geometric_mean(
+            [result.start for result in statistics.of(results, entrants[0], task, steps, seeds)]
+        )
+        for task in tasks
+    }
     figures.curves(folder / f"curves-{part.stem}.png", entrants, values, starts, steps)
     lines.append(f"![Training loss of every task](curves-{part.stem}.png)\n")
     return "\n".join(lines)

@@ -199,9 +199,9 @@ def test_architectures_are_what_their_names_say(evaluate, architectures, capsys)
         ablations.load(architectures)
 
 
-def test_shipped_architectures_can_be_compared():
-    assert set(ablations.load(ablations.shipped())) in (set(), set(ablations.NAMES))
-    assert all(name.startswith("hrnn-") for name in MetaParams.shipped())
+def test_shipped_architectures_are_what_their_names_say_and_no_default():
+    assert ablations.load(ablations.shipped()).keys() <= set(ablations.NAMES)
+    assert not set(ablations.NAMES) & set(MetaParams.shipped())
 
 
 def test_a_timing_for_every_optimizer_and_batch_size():
