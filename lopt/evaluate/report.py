@@ -235,16 +235,7 @@ def _per_task(evaluation: Evaluation, part: Part, entrants: list[Entrant], folde
         "accuracy": "Test accuracy in %, mean over the seeds.",
     }
     for metric, title in titles.items():
-        rows = []
-        for task in tasks:
-            cells: list[tuple[float, str]] = []
-            for entrant in entrants:
-                found = statistics.of(results, entrant, task, steps, seeds)
-                chosen = len(set(entrant.settings.values())) > 1
-                cells.append(_cell(found, metric, entrant.settings[task] if chosen and metric == "final" else None))
-            if not any(math.isnan(value) for value, _ in cells):
-                best = (max if metric == "accuracy" else min)(value for value, _ in cells)
-                rows.append([task, *(f"**{text}**" if value == best else text for value, text in cells)])
+        rows = _losses(evaluation, part, entrants, metric)
         if rows:
             head = ["", *(entrant.label for entrant in entrants)]
             lines += [title + "\n", *_markdown(head, rows), ""]
@@ -258,6 +249,21 @@ def _per_task(evaluation: Evaluation, part: Part, entrants: list[Entrant], folde
     figures.curves(folder / f"curves-{part.stem}.png", entrants, values, starts, steps)
     lines.append(f"![Training loss of every task](curves-{part.stem}.png)\n")
     return "\n".join(lines)
+
+
+def _losses(evaluation: Evaluation, part: Part, entrants: Sequence[Entrant], metric: str) -> list[list[str]]:
+    """A row for each task that has the metric: what every entrant reached, the best of them in bold."""
+    rows = []
+    for task in part.tasks:
+        cells: list[tuple[float, str]] = []
+        for entrant in entrants:
+            found = statistics.of(evaluation.results, entrant, task, part.steps, evaluation.all_seeds)
+            chosen = len(set(entrant.settings.values())) > 1
+            cells.append(_cell(found, metric, entrant.settings[task] if chosen and metric == "final" else None))
+        if not any(math.isnan(value) for value, _ in cells):
+            best = (max if metric == "accuracy" else min)(value for value, _ in cells)
+            rows.append([task, *(f"**{text}**" if value == best else text for value, text in cells)])
+    return rows
 
 
 def _cell(found: Sequence[Any], metric: str, setting: Setting | None) -> tuple[float, str]:
@@ -282,7 +288,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -> str:
     """HRNN's other settings for each weights, and what the learning rate is worth to the baselines."""
     results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
-    lines = ["### HRNN in other settings\n"]
+    lines = ["### Initial learning rate\n" if part.rates else "### HRNN in other settings\n"]
     shown: dict[str, dict[str, list[tuple[float, Interval]]]] = {}
     for label, weights in evaluation.weights.items():
         rows, name = [], evaluation.label(label)
@@ -367,12 +373,10 @@ def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
         for name, weights in evaluation.ablations.items()
     )
     entrants = {entrant.label: entrant for entrant in found if entrant is not None}
-    if ablations.FULL not in entrants:
+    full = entrants.get(ablations.FULL)
+    if full is None:
         return "\n".join([*lines, "Not trained: there is nothing to compare.\n"])
-    intervals = {
-        name: _intervals(evaluation, part, entrant, entrants[ablations.FULL]) for name, entrant in entrants.items()
-    }
-    rows = []
+    intervals, rows = {name: _intervals(evaluation, part, entrant, full) for name, entrant in entrants.items()}, []
     for name, entrant in entrants.items():
         options = ", ".join(f"{option}={value}" for option, value in VARIANTS.get(name, {}).items())
         cells = [_ratio(intervals[name].get(metric)) for metric in statistics.METRICS]
@@ -381,13 +385,6 @@ def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
     missing = [name for name in ablations.NAMES if name not in entrants]
     figures.scores(folder / "ablations.png", intervals, ablations.FULL, [ablations.FULL])
     head = ["", "differs by", "final training loss", "training loss, all steps", "test loss", "diverged", "digest"]
-    per_task = []
-    for task in tasks:
-        losses = [
-            _cell(statistics.of(results, entrant, task, steps, seeds), "final", None) for entrant in entrants.values()
-        ]
-        best = min(value for value, _ in losses)
-        per_task.append([task, *(f"**{text}**" if value == best else text for value, text in losses)])
     return "\n".join(
         [
             *lines,
@@ -399,7 +396,7 @@ def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
             *_markdown(head, rows),
             "\n![Losses relative to the full architecture](ablations.png)\n",
             "Final training loss:\n",
-            *_markdown(["", *entrants], per_task),
+            *_markdown(["", *entrants], _losses(evaluation, part, list(entrants.values()), "final")),
             "",
         ]
     )
