@@ -112,34 +112,31 @@ def test_convolution_is_torchs():
 MODULES = {F.elu: torch.nn.ELU, torch.sigmoid: torch.nn.Sigmoid, torch.tanh: torch.nn.Tanh, torch.relu: torch.nn.ReLU}
 
 
-def in_torch(network: tasks.Network) -> torch.nn.Sequential:
-    """The layers of a fully connected or convolutional network on 8 x 8 images."""
-    *weights, (inputs, classes) = [start.shape for start in network.starts[::2]]
-    layers: list[torch.nn.Module] = []
-    for place, (fan_in, outputs) in enumerate(weights):
+def in_torch(network: tasks.MLP | tasks.Conv) -> torch.nn.Sequential:
+    """The same network of torch.nn's layers, for flat 8 x 8 images."""
+    *hidden, last = [start.shape for start in network.starts[::2]]
+    activation, layers = MODULES[network.activation], []
+    for place, (fan_in, outputs) in enumerate(hidden):
         if isinstance(network, tasks.MLP):
-            layers += [torch.nn.Linear(fan_in, outputs), MODULES[network.activation]()]
-            continue
-        layers += [torch.nn.Conv2d(fan_in // 9, outputs, 3, padding=1), MODULES[network.activation]()]
-        layers += [torch.nn.AvgPool2d(2)] if place < 2 else []
+            layers += [torch.nn.Linear(fan_in, outputs), activation()]
+        else:
+            layers += [torch.nn.Conv2d(fan_in // 9, outputs, 3, padding=1), activation()]
+            layers += [torch.nn.AvgPool2d(2)] if place < 2 else []
     if isinstance(network, tasks.Conv):
         layers = [torch.nn.Unflatten(1, (1, 8, 8)), *layers, torch.nn.Flatten()]
-    return torch.nn.Sequential(*layers, torch.nn.Linear(inputs, classes))
+    return torch.nn.Sequential(*layers, torch.nn.Linear(*last))
 
 
-def as_torch(parameters: list[torch.Tensor], model: torch.nn.Sequential) -> dict[str, torch.Tensor]:
-    """Our parameters or gradients in torch.nn's layouts, images channels first."""
-    out = []
-    for ours, theirs in zip(parameters, model.parameters(), strict=True):
-        if theirs.dim() == 4:
-            ours = ours.view(3, 3, theirs.shape[1], theirs.shape[0]).permute(3, 2, 0, 1)
-        elif theirs.dim() == 2:
-            first_convolution = next(iter(model.parameters()))
-            channels_last = first_convolution.dim() == 4  # then the classifier reads positions first
-            channels = len(out[-1]) if channels_last else ours.shape[0]
-            ours = ours.view(-1, channels, ours.shape[1]).permute(2, 1, 0).reshape(theirs.shape)
-        out.append(ours)
-    return dict(zip(dict(model.named_parameters()), out, strict=True))
+def torchs_layout(network: tasks.MLP | tasks.Conv, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Parameters or gradients as torch.nn has them: outputs before inputs, channels before positions."""
+    weights, biases = values[::2], values[1::2]
+    if isinstance(network, tasks.MLP):
+        weights = [weight.T for weight in weights]
+    else:
+        kernels = [weight.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1) for weight in weights[:-1]]
+        by_channel = weights[-1].unflatten(0, (-1, len(kernels[-1]))).transpose(0, 1).flatten(0, 1)
+        weights = [*kernels, by_channel.T]
+    return [value for pair in zip(weights, biases, strict=True) for value in pair]
 
 
 @pytest.mark.parametrize("name", [*families.NETWORKS, "conv", "mlp-tanh", "deep-relu"])
@@ -147,14 +144,15 @@ def test_networks_of_the_families_are_torchs(name):
     task = suites.task(name)
     model, theta = in_torch(task.network).double(), task.start(0).double()
     params = [part.requires_grad_() for part in _views(task, theta[None])]
-    model.load_state_dict(as_torch([param[0] for param in params], model))
+    own = torchs_layout(task.network, [param[0].detach() for param in params])
+    model.load_state_dict(dict(zip(model.state_dict(), own, strict=True)))
     x, y = task.x[:6].double(), task.y[:6]
     loss, expected = task.loss(params, (x[None], y[None])), F.cross_entropy(model(x), y)
     torch.testing.assert_close(loss[0], expected)
     expected.backward()
-    ours = as_torch([grad[0] for grad in torch.autograd.grad(loss.sum(), params)], model)
-    for own, param in zip(ours.values(), model.parameters(), strict=True):
-        torch.testing.assert_close(own, param.grad)
+    grads = torchs_layout(task.network, [grad[0] for grad in torch.autograd.grad(loss.sum(), params)])
+    for ours, param in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, param.grad)
 
 
 def test_batch_norm_takes_its_statistics_from_the_first_samples():
