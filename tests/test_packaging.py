@@ -58,7 +58,7 @@ def test_wheel_has_every_module_and_data_file_and_nothing_else(wheel_without_com
     for folder, installed in folders.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
-    for path in [ROOT / "lopt" / "py.typed", *(ROOT / "lopt" / "weights").glob("*.safetensors")]:
+    for path in [ROOT / "lopt" / "py.typed", *(ROOT / "lopt" / "weights").rglob("*.safetensors")]:
         assert path.relative_to(ROOT).as_posix() in names
     assert {name.partition("/")[0] for name in names} == {"lopt", f"lopt-{lopt.__version__}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

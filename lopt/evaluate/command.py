@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lopt.evaluate import report, suites
+from lopt.evaluate import ablations, report, suites, timing
 from lopt.evaluate.optimizers import OPTIMIZERS
 from lopt.evaluate.training import Cache, Result, Run, digest, lock_steps, train
 from lopt.metaparams import MetaParams
@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", nargs="+", metavar="FILE|NAME", help="meta-parameters, side by side (default: the default ones)"
     )
     parser.add_argument("--suite", choices=suites.SUITES, default="digits", help="default: digits")
+    parser.add_argument(
+        "--ablations",
+        type=Path,
+        metavar="FOLDER",
+        help="architectures that the suite paper compares (default: shipped)",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/evaluate-<suite>, written anew")
     parser.add_argument("--seeds", type=_count, default=SEEDS, metavar="N", help=f"of every training (default {SEEDS})")
     parser.add_argument("--quick", action="store_true", help="few tasks and steps: a try")
@@ -47,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
     for package in ("matplotlib", "sklearn", "tqdm"):
         importlib.import_module(package)
     suite = suites.quick(suites.SUITES[args.suite]) if args.quick else suites.SUITES[args.suite]
+    if args.ablations is not None and (suite.ablations is None or not args.ablations.is_dir()):
+        reason = "is not a folder" if suite.ablations else f"is of no use: the suite {args.suite} compares none"
+        raise ValueError(f"--ablations {args.ablations} {reason}")
     weights = load(args.weights)
-    labels = {label: digest(meta) for label, meta in weights.items()}
-    by_digest = {digest(meta): meta for meta in weights.values()}
-    runs = suites.runs(suite, list(by_digest), args.seeds)
+    ablated = ablations.load(args.ablations or ablations.shipped()) if suite.ablations else {}
+    labels, architectures = ({label: digest(meta) for label, meta in loaded.items()} for loaded in (weights, ablated))
+    by_digest = {digest(meta): meta for meta in (*weights.values(), *ablated.values())}
+    runs = suites.runs(suite, list(labels.values()), args.seeds, list(architectures.values()))
     folder = args.out or Path("runs") / f"evaluate-{args.suite}{'-quick' if args.quick else ''}"
     folder.mkdir(parents=True, exist_ok=True)
     cache = Cache(args.cache or default_cache(), lambda name: suites.task(name).digest)
@@ -58,9 +68,14 @@ def run(args: argparse.Namespace) -> int:
     missing = [run for run in runs if run not in results and args.only in (None, run.setting.optimizer)]
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     results |= complete(missing, by_digest, cache, jobs)
+    timings: list[timing.Timing] = []
+    if suite.timed:
+        timings = timing.measure(next(iter(weights.values())), *(timing.QUICK if args.quick else timing.THOROUGH))
     ordered = {run: results[run] for run in runs if run in results}
     name = f"{args.suite} (quick)" if args.quick else args.suite
-    evaluation = report.Evaluation(name, suite, args.seeds, labels, ordered, report.environment())
+    evaluation = report.Evaluation(
+        name, suite, args.seeds, labels, ordered, report.environment(), architectures, timings
+    )
     print(report.write(evaluation, folder).strip())
     print(f"\nreport in {folder}/report.md")
     return 0

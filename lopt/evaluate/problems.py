@@ -1,4 +1,4 @@
-"""The suite `paper`: problems of Wichrowska et al. 2017, each drawn once, as tasks of an evaluation.
+"""Problems of Wichrowska et al. 2017, each drawn once, as tasks of an evaluation.
 
 There is no test set: these measure optimization alone. Gradients are exact, or those of minibatches.
 """
@@ -97,8 +97,3 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "outward-snake": lambda: Problem(paper.OutwardSnake(20), 10),
     "dependency-chain": lambda: Problem(paper.DependencyChain(20)),
 }
-
-
-def problem(name: str) -> Problem:
-    """A problem of the table."""
-    return PROBLEMS[name]()

@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from lopt.evaluate import statistics, suites
+from lopt.bench.results import device_name
+from lopt.evaluate import ablations, figures, statistics, suites, timing
+from lopt.evaluate.families import FAMILIES
 from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import Entrant, Interval, Results
-from lopt.evaluate.suites import Suite
-from lopt.evaluate.training import FLOOR, Run
+from lopt.evaluate.suites import Part, Suite
+from lopt.evaluate.training import FLOOR
+from lopt.meta.recipe import VARIANTS
 from lopt.train.checkpoint import write_atomic
-
-HRNN_COLOURS = ("#0b62a4", "#7b3294", "#00a6a6", "#1a1a1a")  # one for each weights
-COLOURS = {
-    "adam": "#e07b00",
-    "adamw-cosine": "#4d9221",
-    "sgd": "#b2182b",
-    "rmsprop": "#c51b8a",
-    "prodigy": "#8c6d31",
-    "dadapt-adam": "#969696",
-    "schedule-free": "#525252",
-}
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class Evaluation:
         weights: label -> digest of the meta-parameters.
         results: of all trainings there are.
         environment: one line: versions and the machine's processor.
+        ablations: architecture -> digest of its meta-parameters.
+        timings: of a training step.
     """
 
     name: str
@@ -49,32 +44,46 @@ class Evaluation:
     weights: dict[str, str]
     results: Results
     environment: str
+    ablations: dict[str, str]
+    timings: list[timing.Timing]
 
     @property
     def all_seeds(self) -> range:
         """Of every task."""
         return range(self.seeds)
 
+    def label(self, name: str) -> str:
+        """Of HRNN with the meta-parameters of that label."""
+        return "HRNN" if len(self.weights) == 1 else f"HRNN {name}"
+
 
 def write(evaluation: Evaluation, folder: Path) -> str:
     """Write the report; each file is the old one or the whole new one.
 
     Returns:
-        The summary, the first part of the report.
+        The summary: the tables over all tasks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts, summary = [_head(evaluation)], ""
-    for steps in evaluation.suite.steps:
-        entrants = _entrants(evaluation, steps)
-        adam = statistics.tuned(evaluation.results, evaluation.suite.tasks, steps, evaluation.all_seeds, "adam")
-        text = _summary(evaluation, steps, entrants, adam, folder)
+    for part in evaluation.suite.parts:
+        entrants = _entrants(evaluation, part)
+        adam = statistics.tuned(evaluation.results, part.tasks, part.steps, evaluation.all_seeds, "adam")
+        text = _summary(evaluation, part, entrants, adam, folder)
         summary += text
-        parts += [text, _per_task(evaluation, steps, entrants, folder)]
-        if evaluation.suite.variants and adam is not None:
-            parts.append(_variants(evaluation, steps, adam, folder))
+        parts.append(text)
+        if entrants:
+            parts += [_families(evaluation, part, entrants, folder), _per_task(evaluation, part, entrants, folder)]
+        if part.variants and adam is not None:
+            parts.append(_variants(evaluation, part, adam, folder))
+    if evaluation.suite.ablations is not None:
+        parts.append(text := _ablations(evaluation, evaluation.suite.ablations, folder))
+        summary += text
+    if evaluation.timings:
+        parts.append(text := _times(evaluation.timings, folder))
+        summary += text
     parts.append(_method(evaluation))
     _save_text(folder / "results.csv", _table_of_runs(evaluation))
-    _save_text(folder / "report.md", "\n".join(parts))
+    _save_text(folder / "report.md", "\n".join(filter(None, parts)))
     return summary
 
 
@@ -82,14 +91,13 @@ def _save_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def _entrants(evaluation: Evaluation, steps: int) -> list[Entrant]:
+def _entrants(evaluation: Evaluation, part: Part) -> list[Entrant]:
     """HRNN with each weights, then the baselines tuned and untuned, as far as they were trained."""
-    results, tasks, seeds = evaluation.results, evaluation.suite.tasks, evaluation.all_seeds
+    results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
     found: list[Entrant | None] = []
     for label, weights in evaluation.weights.items():
-        name = "HRNN" if len(evaluation.weights) == 1 else f"HRNN {label}"
-        found.append(statistics.fixed(results, tasks, steps, seeds, name, suites.hrnn(weights)))
-    for name in evaluation.suite.optimizers:
+        found.append(statistics.fixed(results, tasks, steps, seeds, evaluation.label(label), suites.hrnn(weights)))
+    for name in part.optimizers:
         line = OPTIMIZERS[name]
         found.append(statistics.tuned(results, tasks, steps, seeds, name))
         if len(line.rates) > 1:
@@ -101,29 +109,41 @@ def _entrants(evaluation: Evaluation, steps: int) -> list[Entrant]:
 def _head(evaluation: Evaluation) -> str:
     suite = evaluation.suite
     weights = "\n".join(f"- {label}: `{digest}`" for label, digest in evaluation.weights.items())
-    absent = [OPTIMIZERS[name] for name in suite.optimizers if OPTIMIZERS[name].missing]
+    optimizers = dict.fromkeys(name for part in suite.parts for name in part.optimizers)
+    absent = [OPTIMIZERS[name] for name in optimizers if OPTIMIZERS[name].missing]
     note = "".join(f"\n{line.label} is left out: `{line.package}` is not installed." for line in absent)
-    horizons = " and ".join(f"{steps:,}" for steps in suite.steps)
     return (
-        f"# HRNN on the suite `{evaluation.name}`\n\n{suite.about} {len(suite.tasks)} tasks, {evaluation.seeds} seeds, "
-        f"{horizons} steps. HRNN runs at its defaults, the same on every task.\n\n"
+        f"# HRNN on the suite `{evaluation.name}`\n\n{suite.about} {evaluation.seeds} seeds. HRNN runs at its "
+        "defaults, the same on every task.\n\n"
         f"Meta-parameters, by a digest of their numbers:\n\n{weights}\n\n{evaluation.environment}\n{note}\n"
     )
 
 
-def _summary(evaluation: Evaluation, steps: int, entrants: list[Entrant], adam: Entrant | None, folder: Path) -> str:
-    results, tasks, seeds = evaluation.results, evaluation.suite.tasks, evaluation.all_seeds
-    lines = [f"\n## {steps:,} steps\n"]
+def _intervals(evaluation: Evaluation, part: Part, entrant: Entrant, zero: Entrant) -> dict[str, Interval]:
+    """Of every metric that a task of the part has, relative to `zero`."""
+    own = {}
+    for metric in statistics.METRICS:
+        values = _scores(evaluation, part, entrant, zero, metric)
+        if len(values):
+            own[metric] = statistics.interval(values)
+    return own
+
+
+def _scores(evaluation: Evaluation, part: Part, entrant: Entrant, zero: Entrant, metric: str = "final") -> np.ndarray:
+    seeds = evaluation.all_seeds
+    return statistics.scores(evaluation.results, entrant, zero, part.tasks, part.steps, seeds, metric)
+
+
+def _divergences(evaluation: Evaluation, part: Part, entrant: Entrant) -> int:
+    return statistics.divergences(evaluation.results, entrant, part.tasks, part.steps, evaluation.all_seeds)
+
+
+def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: Entrant | None, folder: Path) -> str:
+    results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
+    lines = [f"\n## {part.title}\n"]
     if adam is None:
         return "\n".join([*lines, "Adam was not trained at every rate: there is nothing to compare with.\n"])
-    intervals: dict[str, dict[str, Interval]] = {}
-    for entrant in entrants:
-        own = {}
-        for metric in statistics.METRICS:
-            values = statistics.scores(results, entrant, adam, tasks, steps, seeds, metric)
-            if len(values):
-                own[metric] = statistics.interval(values)
-        intervals[entrant.label] = own
+    intervals = {entrant.label: _intervals(evaluation, part, entrant, adam) for entrant in entrants}
     untuned = statistics.fixed(
         results, tasks, steps, seeds, "Adam", statistics.baseline("adam", OPTIMIZERS["adam"].default)
     )
@@ -132,16 +152,14 @@ def _summary(evaluation: Evaluation, steps: int, entrants: list[Entrant], adam: 
         if not entrant.label.startswith("HRNN"):
             continue
         tuned_share, untuned_share = (
-            statistics.share_not_worse(statistics.scores(results, entrant, other, tasks, steps, seeds, "final"))
-            for other in (adam, untuned)
+            statistics.share_not_worse(_scores(evaluation, part, entrant, other)) for other in (adam, untuned)
         )
-        speed = _speed_ups(evaluation, steps, entrant, adam)
+        speed = _speed_ups(evaluation, part, entrant, adam)
         lines.append(
             f"{entrant.label} ends with at most the training loss of Adam at its best of 7 rates on "
             f"{round(tuned_share * len(tasks))} of {len(tasks)} tasks, of Adam at {OPTIMIZERS['adam'].default:g} on "
             f"{round(untuned_share * len(tasks))}. It is {speed:.2f} times as fast as the tuned Adam (median over the "
-            f"tasks). {statistics.divergences(results, entrant, tasks, steps, seeds)} of {len(tasks) * len(seeds)} "
-            f"trainings diverged.\n"
+            f"tasks). {_divergences(evaluation, part, entrant)} of {len(tasks) * len(seeds)} trainings diverged.\n"
         )
     lines += [
         "Losses relative to Adam at the best of 7 rates of each task: interquartile mean over tasks and seeds, 95 % "
@@ -158,11 +176,12 @@ def _summary(evaluation: Evaluation, steps: int, entrants: list[Entrant], adam: 
             if result.accuracy is not None
         ]
         accuracy = f"{100 * sum(found) / len(found):.1f} %" if found else "-"
-        share = statistics.share_not_worse(statistics.scores(results, entrant, adam, tasks, steps, seeds, "final"))
-        diverged = statistics.divergences(results, entrant, tasks, steps, seeds)
+        share = statistics.share_not_worse(_scores(evaluation, part, entrant, adam))
+        diverged = _divergences(evaluation, part, entrant)
         lines.append(f"| {entrant.label} | {' | '.join(cells)} | {accuracy} | {100 * share:.0f} % | {diverged} |")
-    _plot_scores(folder / f"scores-{steps}.png", intervals)
-    lines.append(f"\n![Losses relative to tuned Adam](scores-{steps}.png)\n")
+    ours = [evaluation.label(label) for label in evaluation.weights]
+    figures.scores(folder / f"scores-{part.stem}.png", intervals, "tuned Adam", ours)
+    lines.append(f"\n![Losses relative to tuned Adam](scores-{part.stem}.png)\n")
     return "\n".join(lines)
 
 
@@ -173,22 +192,42 @@ def _ratio(value: Interval | None) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-def _speed_ups(evaluation: Evaluation, steps: int, ours: Entrant, other: Entrant) -> float:
-    found = []
-    for task in evaluation.suite.tasks:
-        curves = [
-            statistics.curve(statistics.of(evaluation.results, entrant, task, steps, evaluation.all_seeds))
-            for entrant in (ours, other)
-        ]
-        found.append(statistics.speed_up(*curves))
-    return float(np.median(found))
+def _curve(evaluation: Evaluation, part: Part, entrant: Entrant, task: str) -> np.ndarray:
+    return statistics.curve(statistics.of(evaluation.results, entrant, task, part.steps, evaluation.all_seeds))
 
 
-def _per_task(evaluation: Evaluation, steps: int, entrants: list[Entrant], folder: Path) -> str:
-    results, tasks, seeds = evaluation.results, evaluation.suite.tasks, evaluation.all_seeds
-    lines = ["### Every task\n"]
-    if not entrants:
+def _speed_ups(evaluation: Evaluation, part: Part, ours: Entrant, other: Entrant) -> float:
+    pairs = ([_curve(evaluation, part, entrant, task) for entrant in (ours, other)] for task in part.tasks)
+    return float(np.median([statistics.speed_up(*pair) for pair in pairs]))
+
+
+def _final(evaluation: Evaluation, part: Part, entrant: Entrant, task: str) -> float:
+    """Final training loss, geometric mean over the seeds, between its bounds."""
+    found = statistics.of(evaluation.results, entrant, task, part.steps, evaluation.all_seeds)
+    return statistics.geometric_mean([result.start * math.exp(result.log_ratio) for result in found])
+
+
+def _families(evaluation: Evaluation, part: Part, entrants: list[Entrant], folder: Path) -> str:
+    """What activation, width and depth do; nothing for a part without families."""
+    members = {
+        family: {value: task for value, task in tasks.items() if task in part.tasks}
+        for family, tasks in FAMILIES.items()
+    }
+    members = {family: tasks for family, tasks in members.items() if len(tasks) > 1}
+    if not members:
         return ""
+    shown = {task for tasks in members.values() for task in tasks.values()}
+    losses = {task: [_final(evaluation, part, entrant, task) for entrant in entrants] for task in shown}
+    figures.families(folder / f"families-{part.stem}.png", entrants, members, losses)
+    return (
+        "### Activation, width and depth\n\nFully connected and convolutional networks on digits; final training loss, "
+        f"geometric mean over the seeds.\n\n![Activation, width and depth](families-{part.stem}.png)\n"
+    )
+
+
+def _per_task(evaluation: Evaluation, part: Part, entrants: list[Entrant], folder: Path) -> str:
+    results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
+    lines = ["### Every task\n"]
     titles = {
         "final": "Final training loss: on all training samples after the last step, geometric mean over the seeds; a "
         "rate chosen for the task in parentheses.",
@@ -196,22 +235,35 @@ def _per_task(evaluation: Evaluation, steps: int, entrants: list[Entrant], folde
         "accuracy": "Test accuracy in %, mean over the seeds.",
     }
     for metric, title in titles.items():
-        rows = []
-        for task in tasks:
-            cells: list[tuple[float, str]] = []
-            for entrant in entrants:
-                found = statistics.of(results, entrant, task, steps, seeds)
-                chosen = len(set(entrant.settings.values())) > 1
-                cells.append(_cell(found, metric, entrant.settings[task] if chosen and metric == "final" else None))
-            if not any(math.isnan(value) for value, _ in cells):
-                best = (max if metric == "accuracy" else min)(value for value, _ in cells)
-                rows.append([task, *(f"**{text}**" if value == best else text for value, text in cells)])
+        rows = _losses(evaluation, part, entrants, metric)
         if rows:
             head = ["", *(entrant.label for entrant in entrants)]
             lines += [title + "\n", *_markdown(head, rows), ""]
-    _plot_curves(folder / f"curves-{steps}.png", evaluation, steps, entrants)
-    lines.append(f"![Training loss of every task](curves-{steps}.png)\n")
+    values = {task: [_curve(evaluation, part, entrant, task) for entrant in entrants] for task in tasks}
+    starts = {
+        task: statistics.geometric_mean(
+            [result.start for result in statistics.of(results, entrants[0], task, steps, seeds)]
+        )
+        for task in tasks
+    }
+    figures.curves(folder / f"curves-{part.stem}.png", entrants, values, starts, steps)
+    lines.append(f"![Training loss of every task](curves-{part.stem}.png)\n")
     return "\n".join(lines)
+
+
+def _losses(evaluation: Evaluation, part: Part, entrants: Sequence[Entrant], metric: str) -> list[list[str]]:
+    """A row for each task that has the metric: what every entrant reached, the best of them in bold."""
+    rows = []
+    for task in part.tasks:
+        cells: list[tuple[float, str]] = []
+        for entrant in entrants:
+            found = statistics.of(evaluation.results, entrant, task, part.steps, evaluation.all_seeds)
+            chosen = len(set(entrant.settings.values())) > 1
+            cells.append(_cell(found, metric, entrant.settings[task] if chosen and metric == "final" else None))
+        if not any(math.isnan(value) for value, _ in cells):
+            best = (max if metric == "accuracy" else min)(value for value, _ in cells)
+            rows.append([task, *(f"**{text}**" if value == best else text for value, text in cells)])
+    return rows
 
 
 def _cell(found: Sequence[Any], metric: str, setting: Setting | None) -> tuple[float, str]:
@@ -233,36 +285,34 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _variants(evaluation: Evaluation, steps: int, adam: Entrant, folder: Path) -> str:
-    """Robustness, and what weight decay and a schedule do, for each weights."""
-    results, tasks, seeds = evaluation.results, evaluation.suite.tasks, evaluation.all_seeds
-    lines = ["### HRNN in other settings\n"]
+def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -> str:
+    """HRNN's other settings for each weights, and what the learning rate is worth to the baselines."""
+    results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
+    lines = ["### Initial learning rate\n" if part.rates else "### HRNN in other settings\n"]
     shown: dict[str, dict[str, list[tuple[float, Interval]]]] = {}
     for label, weights in evaluation.weights.items():
-        name = "HRNN" if len(evaluation.weights) == 1 else f"HRNN {label}"
-        rows = []
-        for what, settings in suites.variants(weights).items():
-            for setting in settings:
+        rows, name = [], evaluation.label(label)
+        for what in part.variants:
+            for setting in suites.variants(weights, what):
                 entrant = statistics.fixed(results, tasks, steps, seeds, "", setting)
                 if entrant is None:
                     continue
                 value = getattr(setting, what) if what in ("init_lr", "loss_scale") else None
-                values = statistics.scores(results, entrant, adam, tasks, steps, seeds, "final")
-                final = statistics.interval(values)
-                test = statistics.interval(statistics.scores(results, entrant, adam, tasks, steps, seeds, "test"))
+                values = _scores(evaluation, part, entrant, adam)
+                intervals = _intervals(evaluation, part, entrant, adam)
                 worst = tasks[int(values.mean(-1).argmax())]
                 rows.append(
                     [
                         f"{what} {value:g}" if value is not None else what,
-                        _ratio(final),
-                        _ratio(test),
+                        _ratio(intervals["final"]),
+                        _ratio(intervals.get("test")),
                         f"{100 * statistics.share_not_worse(values):.0f} %",
                         f"{math.exp(values.mean(-1).max()):.3g} ({worst})",
-                        str(statistics.divergences(results, entrant, tasks, steps, seeds)),
+                        str(_divergences(evaluation, part, entrant)),
                     ]
                 )
                 if value is not None:
-                    shown.setdefault(what, {}).setdefault(name, []).append((value, final))
+                    shown.setdefault(what, {}).setdefault(name, []).append((value, intervals["final"]))
         if rows:
             head = [name, "final training loss", "test loss", "<= tuned Adam", "worst task", "diverged"]
             lines += [*_markdown(head, rows), ""]
@@ -273,42 +323,146 @@ def _variants(evaluation: Evaluation, steps: int, adam: Entrant, folder: Path) -
         "Losses relative to tuned Adam as above. init_lr is where the learned rates start (1e-3 by default); "
         "loss_scale multiplies every gradient. The worst task is by its final training loss.\n",
     )
-    _plot_variants(folder / f"robustness-{steps}.png", shown)
-    lines.append(f"![Robustness](robustness-{steps}.png)\n")
+    if part.rates:
+        lines += _rates(evaluation, part, adam, shown["init_lr"])
+    figures.sensitivity(folder / f"robustness-{part.stem}.png", shown)
+    lines.append(f"![Robustness](robustness-{part.stem}.png)\n")
     return "\n".join(lines)
+
+
+def _rates(
+    evaluation: Evaluation, part: Part, adam: Entrant, shown: dict[str, list[tuple[float, Interval]]]
+) -> list[str]:
+    """A table of losses at the part's learning rates; adds to `shown` the baselines at all of theirs."""
+    for name in part.optimizers:
+        for rate in suites.rates(part, name):
+            setting, seeds = statistics.baseline(name, rate), evaluation.all_seeds
+            entrant = statistics.fixed(evaluation.results, part.tasks, part.steps, seeds, "", setting)
+            if entrant is not None:
+                found = statistics.interval(_scores(evaluation, part, entrant, adam))
+                shown.setdefault(OPTIMIZERS[name].label, []).append((rate, found))
+    rows = [
+        [f"{rate:g}", *(_ratio(dict(points).get(rate)) for points in shown.values())] for rate in sorted(part.rates)
+    ]
+    return [
+        "Final training loss at the same learning rate everywhere: HRNN's initial one, the others' own.\n",
+        *_markdown(["learning rate", *shown], rows),
+        "",
+    ]
+
+
+def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
+    """The architectures of meta-training relative to the full one."""
+    lines = [f"\n## {part.title}\n"]
+    if not evaluation.ablations:
+        return "\n".join(
+            [
+                *lines,
+                "No meta-parameters of other architectures were found. For each of "
+                f"{', '.join(ablations.NAMES[1:])}, and without `--variant` for {ablations.FULL}:\n",
+                "```",
+                "lopt meta-train --variant NAME --minutes MINUTES --out runs/NAME",
+                "cp runs/NAME/best.safetensors ABLATIONS/NAME.safetensors",
+                "```",
+                "\nand then `lopt evaluate --suite paper --ablations ABLATIONS`.\n",
+            ]
+        )
+    results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
+    found = (
+        statistics.fixed(results, tasks, steps, seeds, name, suites.hrnn(weights))
+        for name, weights in evaluation.ablations.items()
+    )
+    entrants = {entrant.label: entrant for entrant in found if entrant is not None}
+    full = entrants.get(ablations.FULL)
+    if full is None:
+        return "\n".join([*lines, "Not trained: there is nothing to compare.\n"])
+    intervals, rows = {name: _intervals(evaluation, part, entrant, full) for name, entrant in entrants.items()}, []
+    for name, entrant in entrants.items():
+        options = ", ".join(f"{option}={value}" for option, value in VARIANTS.get(name, {}).items())
+        cells = [_ratio(intervals[name].get(metric)) for metric in statistics.METRICS]
+        diverged = str(_divergences(evaluation, part, entrant))
+        rows.append([name, f"`{options}`" if options else "", *cells, diverged, f"`{evaluation.ablations[name]}`"])
+    missing = [name for name in ablations.NAMES if name not in entrants]
+    figures.scores(folder / "ablations.png", intervals, ablations.FULL, [ablations.FULL])
+    head = ["", "differs by", "final training loss", "training loss, all steps", "test loss", "diverged", "digest"]
+    return "\n".join(
+        [
+            *lines,
+            f"Architectures meta-trained alike, each at HRNN's defaults on {len(tasks)} tasks, beside the full one: "
+            "losses relative to it, interquartile mean over tasks and seeds, 95 % confidence interval. Above 1, what "
+            "was taken away is of use; attention is an addition. The intervals say nothing of other seeds of "
+            "meta-training.\n",
+            *([f"Not there: {', '.join(missing)}.\n"] if missing else []),
+            *_markdown(head, rows),
+            "\n![Losses relative to the full architecture](ablations.png)\n",
+            "Final training loss:\n",
+            *_markdown(["", *entrants], _losses(evaluation, part, list(entrants.values()), "final")),
+            "",
+        ]
+    )
+
+
+def _times(timings: list[timing.Timing], folder: Path) -> str:
+    """Milliseconds of a training step by batch size and optimizer."""
+    found = {(one.optimizer, one.batch): one for one in timings}
+    names, batches = (list(dict.fromkeys(column)) for column in zip(*found, strict=True))
+    rows = []
+    for batch in batches:
+        cells = (found[name, batch] for name in names)
+        rows.append([str(batch), *(f"{1e3 * one.step:.3g} ({1e3 * one.update:.2g})" for one in cells)])
+    figures.times(folder / "times.png", timings)
+    threads = torch.get_num_threads()
+    return "\n".join(
+        [
+            "\n## Time of a training step\n",
+            f"Milliseconds of forward, backward and update by batch size, the update alone in parentheses: a "
+            f"pre-activation ResNet of {timing.count():,} parameters on digits, torch.nn's layers, torch.optim's "
+            f"optimizers at their default implementation. Medians of interleaved repetitions on "
+            f"{device_name(torch.device('cpu'))}, {threads} thread{'s' if threads > 1 else ''}, measured for this "
+            "report.\n",
+            *_markdown(["batch size", *names], rows),
+            "\n![Time of a training step](times.png)\n",
+        ]
+    )
 
 
 def _method(evaluation: Evaluation) -> str:
     suite = evaluation.suite
     rows = []
-    for name in suite.tasks:
+    parts = [*suite.parts, *([suite.ablations] if suite.ablations is not None else [])]
+    for name in dict.fromkeys(name for part in parts for name in part.tasks):
         task = suites.task(name)
         sizes = [f"{sum(task.sizes):,}", f"{task.train:,}", str(task.batch)]
         if not task.batched:
             sizes[1:] = ["-", "-"]
         rows.append([name, *sizes])
+    optimizers = dict.fromkeys(name for part in suite.parts for name in part.optimizers)
     rates = [
         f"- {OPTIMIZERS[name].label}: {', '.join(f'{rate:g}' for rate in OPTIMIZERS[name].rates)}"
-        for name in suite.optimizers
+        for name in optimizers
     ]
+    drawn = ", ".join(part.name for part in suite.parts if not part.held_out)
     return "\n".join(
         [
             "\n## Method\n",
-            "None of the tasks takes part in meta-training, which knows synthetic data alone."
-            if suite.held_out
-            else "Meta-training draws problems of some of these families too.",
+            f"Meta-training knows synthetic data alone, but draws problems of some of the families of the part {drawn} "
+            "too; no other task takes part in it."
+            if drawn
+            else "None of the tasks takes part in meta-training, which knows synthetic data alone.",
             "All optimizers see the same starts and minibatches, which "
             "only the seed decides. Per task, a tuned baseline is the learning rate with the lowest final training "
             "loss, the geometric mean over the seeds, of:\n",
             *rates,
             "",
-            *(["AdamW decays weights by 0.01.\n"] if "adamw-cosine" in suite.optimizers else []),
+            *(["AdamW decays weights by 0.01.\n"] if "adamw-cosine" in optimizers else []),
             "Final training loss: on all training samples after the last step. Training loss, all steps: the mean "
-            "over the steps of the logarithm of the minibatch loss. Ratios of a loss to that at the start are bounded "
-            f"to {FLOOR:g} .. {1 / FLOOR:g}: below, a task counts as solved; what is not finite is above. A training "
-            "diverged if it ended above its start, or not finite. Batch normalisation is evaluated with the "
-            "statistics of all training samples. Times as fast: the steps of tuned Adam over those until HRNN's "
-            "training loss, averaged over a tenth of the steps, is where tuned Adam's ends.\n",
+            "over the steps of the logarithm of the minibatch loss, at the point where the gradient is taken; with "
+            "attention and for schedule-free AdamW that is not the point which is evaluated in the end. Ratios of a "
+            f"loss to that at the start are bounded to {FLOOR:g} .. {1 / FLOOR:g}: below, a task counts as solved; "
+            "what is not finite is above. A training diverged if it ended above its start, or not finite. Batch "
+            "normalisation is evaluated with the statistics of all training samples. Times as fast: the steps of "
+            "tuned Adam over those until HRNN's training loss, averaged over a tenth of the steps, is where tuned "
+            "Adam's ends.\n",
             "Scores are logarithms relative to the mean over the seeds of tuned Adam. Intervals are a bootstrap over "
             "the seeds, stratified by task (Agarwal et al. 2021): they say nothing of tasks that are not here.\n",
             *_markdown(["task", "parameters", "training samples", "minibatch"], rows),
@@ -332,100 +486,9 @@ def _table_of_runs(evaluation: Evaluation) -> str:
     return text.getvalue()
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save_figure(path: Path, figure: Any) -> None:
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def _clean(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _plot_scores(path: Path, intervals: dict[str, dict[str, Interval]]) -> None:
-    """A row for each entrant, a panel for each metric, on a logarithmic axis."""
-    titles = {"final": "Final training loss", "area": "Training loss, all steps", "test": "Test loss"}
-    shown = [metric for metric in titles if any(metric in own for own in intervals.values())]
-    labels = list(intervals)
-    figure = _figure(4.2 * len(shown) + 1, 0.34 * len(labels) + 1.2)
-    panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
-    for axes, metric in zip(panels, shown, strict=True):
-        for place, label in enumerate(labels):
-            if metric not in intervals[label]:
-                continue
-            middle, low, high = np.exp(intervals[label][metric])
-            colour = HRNN_COLOURS[0] if label.startswith("HRNN") else COLOURS["schedule-free"]
-            axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
-            axes.plot([middle], [place], marker="|", color=colour, markersize=14, markeredgewidth=2.5)
-        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", xlabel="relative to tuned Adam", title=titles[metric])
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}" if np.diff(np.log10(axes.get_xlim())) < 1 else "")
-        axes.set_yticks(range(len(labels)), labels)
-        _clean(axes)
-    panels[0].invert_yaxis()
-    _save_figure(path, figure)
-
-
-def _plot_curves(path: Path, evaluation: Evaluation, steps: int, entrants: list[Entrant]) -> None:
-    """A panel for each task: minibatch loss, geometric mean over the seeds, averaged over a tenth of the steps."""
-    tasks = evaluation.suite.tasks
-    columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure = _figure(3.6 * columns, 2.7 * rows + 0.7)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for task, axes in zip(tasks, panels, strict=False):
-        start = evaluation.results[Run(task, steps, 0, entrants[0].settings[task])].start
-        for place, entrant in reversed(list(enumerate(entrants))):
-            values = statistics.curve(statistics.of(evaluation.results, entrant, task, steps, evaluation.all_seeds))
-            setting = entrant.settings[task]
-            ours = setting.optimizer == "hrnn"
-            axes.plot(
-                np.arange(1, len(values) + 1) * steps / len(values),
-                np.where(values < 3 * start, values, np.nan),
-                label=entrant.label,
-                color=HRNN_COLOURS[place % len(HRNN_COLOURS)] if ours else COLOURS[setting.optimizer],
-                linewidth=2.2 if ours else 1.1,
-                linestyle="--" if ", lr" in entrant.label else "-",
-            )
-        axes.set(yscale="log", title=task)
-        _clean(axes)
-    for axes in list(panels)[len(tasks) :]:
-        axes.set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)
-    _save_figure(path, figure)
-
-
-def _plot_variants(path: Path, shown: dict[str, dict[str, list[tuple[float, Interval]]]]) -> None:
-    """Final training loss against initial rate and gradient scale."""
-    titles = {"init_lr": "Initial learning rate", "loss_scale": "Scale of all gradients"}
-    figure = _figure(5 * len(shown), 3.4)
-    panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
-    for axes, (what, lines) in zip(panels, shown.items(), strict=True):
-        for place, (label, points) in enumerate(lines.items()):
-            x = [value for value, _ in points]
-            middle, low, high = np.exp(np.array([number for _, number in points])).T
-            axes.fill_between(x, low, high, color=HRNN_COLOURS[place % len(HRNN_COLOURS)], alpha=0.2, linewidth=0)
-            axes.plot(x, middle, marker="o", color=HRNN_COLOURS[place % len(HRNN_COLOURS)], label=label)
-        axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", yscale="log", xlabel=titles[what])
-        _clean(axes)
-    panels[0].set_ylabel("final training loss\nrelative to tuned Adam")
-    panels[0].legend(frameon=False)
-    _save_figure(path, figure)
-
-
 def environment() -> str:
     """Versions, and the processor."""
     import platform
-
-    import torch
 
     import lopt
 

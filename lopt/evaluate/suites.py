@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lopt.evaluate import problems, tasks
+from lopt.evaluate import families, problems, tasks
 from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import baseline
 from lopt.evaluate.tasks import Task
@@ -17,63 +18,131 @@ INIT_LR = 1e-3  # HRNN's default
 INIT_LRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LOSS_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of HRNN's setting
+    "init_lr": tuple({"init_lr": rate} for rate in INIT_LRS),
+    "loss_scale": tuple({"loss_scale": scale} for scale in LOSS_SCALES),
+    "weight decay 0.1": ({"weight_decay": 0.1},),
+    "cosine schedule": ({"schedule": "cosine"},),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tasks that are scored together, all for the same number of steps.
+
+    Args:
+        tasks: names. steps: of every training.
+        optimizers: names of baselines; optional ones take part where installed.
+        name: of the part, if the suite has several kinds of tasks.
+        variants: names of `VARIANTS`: HRNN's other settings.
+        rates: every baseline is trained at these learning rates too, to be seen beside HRNN's initial ones.
+        held_out: whether no task is of a family of meta-training.
+    """
+
+    tasks: tuple[str, ...]
+    steps: int
+    optimizers: tuple[str, ...]
+    name: str = ""
+    variants: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+    held_out: bool = True
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.name}, {self.steps:,} steps" if self.name else f"{self.steps:,} steps"
+
+    @property
+    def stem(self) -> str:
+        """Of the names of its plots."""
+        return self.name.lower() or str(self.steps)
+
 
 @dataclass(frozen=True)
 class Suite:
     """An evaluation.
 
     Args:
-        about: one sentence.
-        tasks: names. steps: every horizon.
-        optimizers: names of baselines; optional ones take part where installed.
-        variants: train HRNN from other initial rates, with scaled gradients, weight decay and a schedule, too.
-        held_out: whether no task is of a family of meta-training.
+        about: a sentence or two.
+        parts: what is scored.
+        ablations: where the architectures of meta-training are compared, without baselines.
+        timed: whether to measure the time of a training step.
     """
 
     about: str
-    tasks: tuple[str, ...]
-    steps: tuple[int, ...]
-    optimizers: tuple[str, ...]
-    variants: bool = False
-    held_out: bool = True
+    parts: tuple[Part, ...]
+    ablations: Part | None = None
+    timed: bool = False
 
 
 SUITES = {
     "digits": Suite(
         "Small networks on real data: scikit-learn's digits and other sets that ship with it.",
-        tuple(tasks.TASKS),
-        (500,),
-        tuple(name for name in OPTIMIZERS if name != "hrnn"),
-        variants=True,
+        (
+            Part(
+                tuple(tasks.TASKS), 500, tuple(name for name in OPTIMIZERS if name != "hrnn"), variants=tuple(VARIANTS)
+            ),
+        ),
     ),
     "paper": Suite(
-        "Problems of Wichrowska et al. 2017, drawn once: families that meta-training knows, and families it does not.",
-        tuple(problems.PROBLEMS),
-        (1000,),
-        ("adam", "sgd", "rmsprop"),
-        held_out=False,
+        "The experiments on small problems of Wichrowska et al. 2017. Problems: families that meta-training knows, and "
+        "families it does not, drawn once. Networks: families of small ones on scikit-learn's digits.",
+        (
+            Part(tuple(problems.PROBLEMS), 1000, ("adam", "sgd", "rmsprop"), "Problems", held_out=False),
+            Part(families.TASKS, 500, ("adam", "sgd", "rmsprop"), "Networks", variants=("init_lr",), rates=INIT_LRS),
+        ),
+        ablations=Part(
+            (
+                "mlp-relu-2",
+                "deep-relu",
+                "conv-tanh",
+                "resnet",
+                "gru-rows",
+                "autoencoder",
+                "label-noise",
+                "cancer-mlp",
+            ),
+            500,
+            (),
+            "Ablations",
+        ),
+        timed=True,
     ),
     "long": Suite(
         "A part of the suite digits for 10 and 40 times as long.",
-        ("softmax", "mlp-relu", "deep-relu", "label-noise", "autoencoder", "diabetes-mlp"),
-        (5_000, 20_000),
-        ("adam", "adamw-cosine"),
+        tuple(
+            Part(
+                ("softmax", "mlp-relu", "deep-relu", "label-noise", "autoencoder", "diabetes-mlp"),
+                steps,
+                ("adam", "adamw-cosine"),
+            )
+            for steps in (5_000, 20_000)
+        ),
     ),
 }
 
-QUICK = ("mlp-relu", "label-noise", "autoencoder", "cancer-mlp")
+QUICK = ("mlp-8", "mlp-relu", "conv-8", "label-noise", "autoencoder", "cancer-mlp")
+QUICK_STEPS = 60
 
 
 def quick(suite: Suite) -> Suite:
-    """A short form, to see whether everything works: at most four tasks, at most 200 steps, no variants."""
-    few = tuple(name for name in suite.tasks if name in QUICK) or suite.tasks[:4]
-    return dataclasses.replace(suite, tasks=few, steps=(min(200, suite.steps[0]),), variants=False)
+    """A short form, to see whether everything works: at most four tasks and `QUICK_STEPS` steps of each part."""
+
+    def short(part: Part) -> Part:
+        few = tuple(name for name in part.tasks if name in QUICK) or part.tasks
+        return dataclasses.replace(part, tasks=few[:4], steps=min(QUICK_STEPS, part.steps))
+
+    ablations = None if suite.ablations is None else short(suite.ablations)
+    return dataclasses.replace(suite, parts=tuple(dict.fromkeys(map(short, suite.parts))), ablations=ablations)
+
+
+TASKS: dict[str, Callable[[], Task]] = {**tasks.TASKS, **families.NETWORKS, **problems.PROBLEMS}
 
 
 @functools.cache
 def task(name: str) -> Task:
     """A task of any suite."""
-    return tasks.task(name) if name in tasks.TASKS else problems.problem(name)
+    return TASKS[name]()
 
 
 def hrnn(weights: str) -> Setting:
@@ -81,34 +150,35 @@ def hrnn(weights: str) -> Setting:
     return Setting("hrnn", 1.0, init_lr=INIT_LR, weights=weights)
 
 
-def variants(weights: str) -> dict[str, list[Setting]]:
-    """HRNN's other settings by what they vary."""
-    plain = hrnn(weights)
-    return {
-        "init_lr": [dataclasses.replace(plain, init_lr=rate) for rate in INIT_LRS],
-        "loss_scale": [dataclasses.replace(plain, loss_scale=scale) for scale in LOSS_SCALES],
-        "weight decay 0.1": [dataclasses.replace(plain, weight_decay=0.1)],
-        "cosine schedule": [dataclasses.replace(plain, schedule="cosine")],
-    }
+def variants(weights: str, name: str) -> list[Setting]:
+    """HRNN's settings of a line of `VARIANTS`."""
+    return [dataclasses.replace(hrnn(weights), **change) for change in VARIANTS[name]]
 
 
-def settings(suite: Suite, weights: Sequence[str]) -> list[Setting]:
-    """Every setting that a suite trains, HRNN's first."""
+def rates(part: Part, optimizer: str) -> list[float]:
+    """Learning rates at which a part trains a baseline, in ascending order."""
+    return sorted({*OPTIMIZERS[optimizer].rates, *part.rates})
+
+
+def settings(part: Part, weights: Sequence[str]) -> list[Setting]:
+    """Every setting that a part trains, HRNN's first."""
     out = [hrnn(one) for one in weights]
-    if suite.variants:
-        out += [setting for one in weights for group in variants(one).values() for setting in group]
-    for name in suite.optimizers:
+    out += [setting for one in weights for name in part.variants for setting in variants(one, name)]
+    for name in part.optimizers:
         if not OPTIMIZERS[name].missing:
-            out += [baseline(name, rate) for rate in OPTIMIZERS[name].rates]
+            out += [baseline(name, rate) for rate in rates(part, name)]
     return list(dict.fromkeys(out))
 
 
-def runs(suite: Suite, weights: Sequence[str], seeds: int) -> list[Run]:
-    """Every training of a suite."""
-    return [
-        Run(name, steps, seed, setting)
-        for steps in suite.steps
-        for setting in settings(suite, weights)
-        for name in suite.tasks
+def runs(suite: Suite, weights: Sequence[str], seeds: int, ablations: Sequence[str] = ()) -> list[Run]:
+    """Every training of a suite. weights, ablations: digests of meta-parameters."""
+    trained = [(part, setting) for part in suite.parts for setting in settings(part, weights)]
+    if suite.ablations is not None:
+        trained += [(suite.ablations, hrnn(one)) for one in ablations]
+    every = (
+        Run(name, part.steps, seed, setting)
+        for part, setting in trained
+        for name in part.tasks
         for seed in range(seeds)
-    ]
+    )
+    return list(dict.fromkeys(every))

@@ -123,21 +123,29 @@ def pool(x: Tensor) -> Tensor:
 
 
 class Conv(Network):
-    """Two convolutions with biases, each followed by ReLU and pooling, and a linear classifier of 8 x 8 images."""
+    """Convolutions with biases on 8 x 8 images, and a linear classifier; images are pooled after the first two of them.
+
+    Args:
+        widths: channels of each convolution, and classes.
+        activation: after each convolution, before pooling.
+    """
 
     uses = 24
 
-    def __init__(self, first: int, second: int, classes: int) -> None:
-        def kernel(inputs: int, outputs: int) -> list[Start]:
-            return linear(9 * inputs, outputs)
-
-        self.starts = kernel(1, first) + kernel(first, second) + linear(4 * second, classes)
+    def __init__(self, *widths: int, activation: Activation = torch.relu) -> None:
+        *channels, classes = widths
+        self.activation, self.pooled = activation, min(2, len(channels))
+        pairs = zip((1, *channels), channels, strict=False)
+        kernels = [start for inputs, outputs in pairs for start in linear(9 * inputs, outputs)]
+        self.starts = kernels + linear((8 >> self.pooled) ** 2 * channels[-1], classes)
 
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
         x = x.unflatten(-1, (8, 8, 1))
-        for kernel, bias in (params[:2], params[2:4]):
-            x = pool(torch.relu(convolve(x, kernel) + bias.view(len(bias), 1, 1, 1, -1)))
-        return affine(x.flatten(2), *params[4:])
+        for place in range(len(params) // 2 - 1):
+            kernel, bias = params[2 * place : 2 * place + 2]
+            x = self.activation(convolve(x, kernel) + bias.view(len(bias), 1, 1, 1, -1))
+            x = pool(x) if place < self.pooled else x
+        return affine(x.flatten(2), *params[-2:])
 
 
 class ResNet(Network):
@@ -415,9 +423,3 @@ TASKS: dict[str, Callable[[], Task]] = {
     "flower-pixels": lambda: Task("flower", MLP(32, 32, 32, 3)),
     "text-gru": lambda: Task("text", TextGRU(44, 16, 32), batch=8),
 }
-
-
-@functools.cache
-def task(name: str) -> Task:
-    """A task of the table."""
-    return TASKS[name]()

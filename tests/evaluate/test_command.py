@@ -2,20 +2,34 @@
 
 import csv
 import dataclasses
+import re
 
 import pytest
 import torch
 
-from lopt import MetaParams, cli
-from lopt.evaluate import command, suites
+from lopt import HRNNConfig, MetaParams, cli
+from lopt.evaluate import ablations, command, suites, timing
+from lopt.evaluate.suites import Part, Suite
+from lopt.meta.recipe import VARIANTS
 
-TINY = suites.Suite("Tiny.", ("wine-mlp", "cancer-mlp"), (10,), ("adam", "sgd", "prodigy"), variants=True)
+TINY = Part(("wine-mlp", "cancer-mlp"), 10, ("adam", "sgd", "prodigy"), variants=tuple(suites.VARIANTS))
+PAPER = Suite(
+    "Tiny.",
+    (
+        Part(("bowl", "beale"), 10, ("adam",), "Problems", held_out=False),
+        Part(("mlp-8", "mlp-16"), 10, ("adam",), "Networks", variants=("init_lr",), rates=(1e-5, 1e-3)),
+    ),
+    ablations=Part(("wine-mlp", "mlp-8"), 10, (), "Ablations"),
+    timed=True,
+)
 
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
     """Run `lopt evaluate` on a tiny suite in tmp_path; returns the exit code."""
-    monkeypatch.setitem(suites.SUITES, "digits", TINY)
+    monkeypatch.setitem(suites.SUITES, "digits", Suite("Tiny.", (TINY,)))
+    monkeypatch.setitem(suites.SUITES, "paper", PAPER)
+    monkeypatch.setattr(timing, "THOROUGH", ((1, 4), 1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for seed in (0, 1):
@@ -100,7 +114,8 @@ def test_one_optimizer_alone_makes_a_report_without_the_others(evaluate, trained
 
 
 def test_processes_give_the_same_results(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setitem(suites.SUITES, "digits", dataclasses.replace(TINY, tasks=TINY.tasks[:1], optimizers=("adam",)))
+    part = dataclasses.replace(TINY, tasks=TINY.tasks[:1], optimizers=("adam",), variants=())
+    monkeypatch.setitem(suites.SUITES, "digits", Suite("Tiny.", (part,)))
     assert evaluate("--quick") == 0
     assert evaluate("--quick", "--jobs", "2", "--cache", "other", "--out", "processes") == 0
 
@@ -122,10 +137,87 @@ def test_errors_name_the_cure(evaluate, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.fixture
+def architectures(tmp_path):
+    """A folder with meta-parameters of every architecture that is compared."""
+    (tmp_path / "architectures").mkdir()
+    for name in ablations.NAMES:
+        config = HRNNConfig(**VARIANTS.get(name, {}))
+        MetaParams.init(config).save(tmp_path / "architectures" / f"{name}.safetensors")
+    return tmp_path / "architectures"
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Cells of every table of a Markdown text, without the line below the head."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    rows = ([line.strip("|").split("|") for line in block.splitlines()] for block in blocks)
+    return [[[cell.strip() for cell in row] for row in (block[0], *block[2:])] for block in rows]
+
+
+def test_report_of_the_paper_has_every_part(evaluate, trained, architectures, tmp_path):
+    (architectures / "no-global-rnn.safetensors").unlink()
+    options = ("--suite", "paper", "--weights", "seed0.safetensors", "--ablations", "architectures", "--out", "paper")
+    assert evaluate(*options) == 0
+    text = (tmp_path / "paper" / "report.md").read_text()
+    shown = set(re.findall(r"\]\((.*?\.png)\)", text))
+    assert shown == {path.name for path in (tmp_path / "paper").glob("*.png")}
+    assert {"families-networks.png", "robustness-networks.png", "ablations.png", "times.png"} < shown
+    heads = {tuple(table[0]): table[1:] for table in tables(text)}
+    rates = heads["learning rate", "HRNN", "Adam"]
+    assert [row[0] for row in rates] == ["1e-05", "0.001"] and "-" not in sum(rates, [])
+    compared = next(table for head, table in heads.items() if head[1] == "differs by")
+    there = [name for name in ablations.NAMES if name != "no-global-rnn"]
+    assert [row[0] for row in compared] == there and "Not there: no-global-rnn." in text
+    assert compared[there.index("no-shortcut")][1] == "`gradient_shortcut=False`"
+    assert len({run.setting.weights for run in trained() if run.task == "wine-mlp"}) == len(there)
+    times = heads["batch size", "HRNN", "Adam", "SGD + momentum", "RMSprop"]
+    assert [row[0] for row in times] == ["1", "4"]
+
+
+def test_without_other_architectures_the_report_says_how_to_train_them(evaluate, trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "paper", dataclasses.replace(PAPER, parts=(), timed=False))
+    (tmp_path / "empty").mkdir()
+    assert evaluate("--suite", "paper", "--ablations", "empty", "--out", "none") == 0
+    assert "lopt meta-train --variant NAME" in (tmp_path / "none" / "report.md").read_text()
+    assert trained() == []
+
+
+def test_architectures_are_what_their_names_say(evaluate, architectures, capsys):
+    assert evaluate("--ablations", "architectures") == 2
+    assert "the suite digits compares none" in capsys.readouterr().err
+    assert evaluate("--suite", "paper", "--ablations", "nowhere") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    (architectures / "attention.safetensors").rename(architectures / "no-shortcut.safetensors")
+    assert evaluate("--suite", "paper", "--ablations", "architectures") == 2
+    assert "no-shortcut.safetensors holds the architecture" in capsys.readouterr().err
+    (architectures / "no-shortcut.safetensors").rename(architectures / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors is not named after an architecture"):
+        ablations.load(architectures)
+    (architectures / "other.safetensors").unlink()
+    (architectures / "full.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no full.safetensors"):
+        ablations.load(architectures)
+
+
+def test_shipped_architectures_are_what_their_names_say_and_no_default():
+    assert ablations.load(ablations.shipped()).keys() <= set(ablations.NAMES)
+    assert not set(ablations.NAMES) & set(MetaParams.shipped())
+
+
+def test_a_timing_for_every_optimizer_and_batch_size():
+    timings = timing.measure(MetaParams.init(), (1, 3), 2)
+    assert {(one.optimizer, one.batch) for one in timings} == {
+        (label, batch) for label in ("HRNN", *timing.OPTIMIZERS) for batch in (1, 3)
+    }
+    assert all(0 < one.update < one.step for one in timings)
+
+
 @pytest.mark.parametrize("name", suites.SUITES)
 def test_suites_are_consistent(name):
-    suite = suites.SUITES[name]
-    assert "adam" in suite.optimizers
-    assert all(suites.task(task).count > 0 for task in suite.tasks)
-    short = suites.quick(suite)
-    assert 0 < len(short.tasks) <= 4 and max(short.steps) <= 200
+    suite, short = suites.SUITES[name], suites.quick(suites.SUITES[name])
+    for part in suite.parts:
+        assert "adam" in part.optimizers
+    for part in (*suite.parts, *filter(None, [suite.ablations])):
+        assert all(suites.task(task).count > 0 for task in part.tasks)
+    for part in (*short.parts, *filter(None, [short.ablations])):
+        assert 0 < len(part.tasks) <= 4 and part.steps <= suites.QUICK_STEPS

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lopt.evaluate import problems, suites, tasks
+from lopt.evaluate import families, problems, suites, tasks
 from lopt.evaluate.training import _loss_and_gradient, _views
 
 
@@ -20,10 +20,36 @@ def one_thread():
 
 def test_there_are_enough_tasks_of_500_to_20000_parameters():
     assert len(tasks.TASKS) >= 12
-    assert all(500 <= suites.task(name).count <= 20_000 for name in tasks.TASKS)
+    assert all(500 <= suites.task(name).count <= 20_000 for name in [*tasks.TASKS, *families.NETWORKS])
 
 
-@pytest.mark.parametrize("name", [*tasks.TASKS, *problems.PROBLEMS])
+# Of data and starts on one of the data sets whose values no release of scikit-learn or rounding of a sum changes.
+DIGESTS = {
+    "softmax": "8f3a7ae365f4fd6e",
+    "mlp-relu": "25b971715f055051",
+    "mlp-tanh": "36a626f8b8b8ed43",
+    "mlp-gelu-norm": "b459c7d7fb089eda",
+    "deep-relu": "4458a10b1f382734",
+    "label-noise": "e0da56056b0bab43",
+    "conv": "e88dd588e11d3487",
+    "resnet": "e7b7c12a4d0b4875",
+    "gru-rows": "9ff055fc7b3dfe38",
+    "transformer": "4e969694337fe5f5",
+    "autoencoder": "156a6e9bb3b94b5a",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_tasks_are_those_of_stored_results(name):
+    assert suites.task(name).digest == DIGESTS[name]
+
+
+def test_names_of_tasks_are_unique_and_families_are_made_of_them():
+    assert len(suites.TASKS) == len(tasks.TASKS) + len(families.NETWORKS) + len(problems.PROBLEMS)
+    assert set(families.NETWORKS) < set(families.TASKS) < set(suites.TASKS)
+
+
+@pytest.mark.parametrize("name", suites.TASKS)
 def test_copies_are_independent_and_an_episode_has_a_positive_loss(name):
     task = suites.task(name)
     seeds = [0, 1, 0]
@@ -81,6 +107,52 @@ def test_convolution_is_torchs():
     theirs = F.conv2d(x[0].permute(0, 3, 1, 2), kernel, padding=1).permute(0, 2, 3, 1)
     torch.testing.assert_close(ours[0], theirs)
     torch.testing.assert_close(tasks.pool(x)[0], F.avg_pool2d(x[0].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
+
+
+MODULES = {F.elu: torch.nn.ELU, torch.sigmoid: torch.nn.Sigmoid, torch.tanh: torch.nn.Tanh, torch.relu: torch.nn.ReLU}
+
+
+def in_torch(network: tasks.MLP | tasks.Conv) -> torch.nn.Sequential:
+    """The same network of torch.nn's layers, for flat 8 x 8 images."""
+    *hidden, last = [start.shape for start in network.starts[::2]]
+    activation, layers = MODULES[network.activation], []
+    for place, (fan_in, outputs) in enumerate(hidden):
+        if isinstance(network, tasks.MLP):
+            layers += [torch.nn.Linear(fan_in, outputs), activation()]
+        else:
+            layers += [torch.nn.Conv2d(fan_in // 9, outputs, 3, padding=1), activation()]
+            layers += [torch.nn.AvgPool2d(2)] if place < 2 else []
+    if isinstance(network, tasks.Conv):
+        layers = [torch.nn.Unflatten(1, (1, 8, 8)), *layers, torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(*last))
+
+
+def torchs_layout(network: tasks.MLP | tasks.Conv, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Parameters or gradients as torch.nn has them: outputs before inputs, channels before positions."""
+    weights, biases = values[::2], values[1::2]
+    if isinstance(network, tasks.MLP):
+        weights = [weight.T for weight in weights]
+    else:
+        kernels = [weight.unflatten(0, (3, 3, -1)).permute(3, 2, 0, 1) for weight in weights[:-1]]
+        by_channel = weights[-1].unflatten(0, (-1, len(kernels[-1]))).transpose(0, 1).flatten(0, 1)
+        weights = [*kernels, by_channel.T]
+    return [value for pair in zip(weights, biases, strict=True) for value in pair]
+
+
+@pytest.mark.parametrize("name", [*families.NETWORKS, "conv", "mlp-tanh", "deep-relu"])
+def test_networks_of_the_families_are_torchs(name):
+    task = suites.task(name)
+    model, theta = in_torch(task.network).double(), task.start(0).double()
+    params = [part.requires_grad_() for part in _views(task, theta[None])]
+    own = torchs_layout(task.network, [param[0].detach() for param in params])
+    model.load_state_dict(dict(zip(model.state_dict(), own, strict=True)))
+    x, y = task.x[:6].double(), task.y[:6]
+    loss, expected = task.loss(params, (x[None], y[None])), F.cross_entropy(model(x), y)
+    torch.testing.assert_close(loss[0], expected)
+    expected.backward()
+    grads = torchs_layout(task.network, [grad[0] for grad in torch.autograd.grad(loss.sum(), params)])
+    for ours, param in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, param.grad)
 
 
 def test_batch_norm_takes_its_statistics_from_the_first_samples():

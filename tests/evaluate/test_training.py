@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from lopt import HRNN, MetaParams
+from lopt import HRNN, HRNNConfig, MetaParams
 from lopt.evaluate import suites, training
 from lopt.evaluate.optimizers import OPTIMIZERS, SGD, Adam, RMSprop, Setting, factor
 from lopt.evaluate.training import Cache, Result, Run, digest, lock_steps, train
 
-META = MetaParams.init()
+META, ATTENTIVE = MetaParams.init(), MetaParams.init(HRNNConfig(attention=True))
+WEIGHTS = {digest(meta): meta for meta in (META, ATTENTIVE)}
 PLAIN = suites.hrnn(digest(META))
 
 
@@ -56,7 +57,8 @@ def alone(task, setting, seed, steps):
     params = [torch.nn.Parameter(part) for part in training._views(task, task.start(seed)[None])]
     params = [torch.nn.Parameter(param[0].detach().clone()) for param in params]
     if setting.optimizer == "hrnn":
-        optimizer = HRNN(params, setting.lr, meta=META, init_lr=setting.init_lr, weight_decay=setting.weight_decay)
+        meta = WEIGHTS[setting.weights]
+        optimizer = HRNN(params, setting.lr, meta=meta, init_lr=setting.init_lr, weight_decay=setting.weight_decay)
     else:
         optimizer = torch.optim.AdamW(params, setting.lr, weight_decay=setting.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(setting, step / steps))
@@ -68,6 +70,8 @@ def alone(task, setting, seed, steps):
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+    if setting.optimizer == "hrnn":
+        optimizer.eval()  # with attention, the parameters held where the gradient was taken
     return losses, task.evaluate([param.detach()[None] for param in params])
 
 
@@ -76,13 +80,14 @@ def alone(task, setting, seed, steps):
     [
         [PLAIN, dataclasses.replace(PLAIN, init_lr=1e-2), dataclasses.replace(PLAIN, loss_scale=1e3)],
         [dataclasses.replace(PLAIN, weight_decay=0.1), dataclasses.replace(PLAIN, schedule="cosine")],
+        [suites.hrnn(digest(ATTENTIVE)), PLAIN],
         [Setting("adamw-cosine", lr, "cosine", 0.01) for lr in (1e-3, 1e-2)],
     ],
 )
 def test_training_in_lock_step_equals_training_alone(settings):
     task, steps = suites.task("cancer-mlp"), 25
     runs = [(setting, seed) for setting in settings for seed in (0, 1)]
-    results = train(task, [run[0] for run in runs], [run[1] for run in runs], steps, {digest(META): META})
+    results = train(task, [run[0] for run in runs], [run[1] for run in runs], steps, WEIGHTS)
     for (setting, seed), result in zip(runs, results, strict=True):
         losses, (final, test, accuracy) = alone(task, setting, seed, steps)
         # Roundings of float32, amplified by 25 steps of training.
@@ -160,7 +165,7 @@ def test_a_damaged_file_is_no_result(tmp_path):
 
 
 def test_lock_steps_hold_every_run_once_and_never_mix_rules():
-    runs = suites.runs(suites.SUITES["digits"], ["a", "b"], 3)
+    runs = suites.runs(suites.SUITES["paper"], ["a", "b"], 3, ["c", "d"])
     groups = lock_steps(runs)
     assert sorted(map(repr, runs)) == sorted(repr(run) for group in groups for run in group)
     for group in groups:
