@@ -166,10 +166,12 @@ def sqrt(x):
 
 @inlined
 def asinh(x):
-    """Odd, and accurate near 0: a polynomial below 0.5, log(|x| + sqrt(x^2 + 1)) above."""
+    """Odd, and in float32 accurate near 0: a polynomial below 0.5, log(|x| + sqrt(x^2 + 1)) above."""
     magnitude = tl.minimum(tl.abs(x), 1e18)
     square = magnitude * magnitude
     large = 0.6931471805599453 * log2(magnitude + sqrt(square + 1.0))
+    if x.dtype == tl.float64:
+        return tl.where(x < 0, -large, large)
     p = square * -0.013248102739453316 + 0.028175560757517815
     p = square * p - 0.044385865330696106
     p = square * p + 0.07498663663864136
@@ -404,15 +406,35 @@ def share(
     size = column(table, SIZE, tensors, tensor)
     ms = floats(column(table, MS, tensors, tensor))
     for s in tl.static_range(TIMESCALES):
-        # As a rule the first value decides.
-        begin = size * 0
-        searching = started
-        while searching:
-            offset = begin + tl.arange(0, 256)
-            past = tl.max(tl.where(tl.load(ms + s * size + offset, mask=offset < size, other=0.0) != 0, 1, 0), 0)
-            begin += 256
-            searching = (past == 0) & (begin < size)
-            tl.store(row + KEEP + s, past.to(tl.float32))
+        past = any_nonzero(ms + s * size, size * 0, tl.where(started, size, 0))
+        tl.store(row + KEEP + s, past.to(tl.float32))
+
+
+@inlined
+def any_nonzero(values, begin, end):
+    """Whether one of values [begin:end] is not zero: 1 or 0. As a rule the first one is."""
+    found = tl.min(tl.zeros([1], tl.int32), 0)
+    while (found == 0) & (begin < end):
+        offset = begin + tl.arange(0, 256)
+        found = tl.max(tl.where(tl.load(values + offset, mask=offset < end, other=0.0) != 0, 1, 0), 0)
+        begin += 256
+    return found
+
+
+@inlined
+def moving_averages(grad, accum, ms, grad_decay, scale_decay, keeps, ms_eps, rms_eps):
+    """Averages of the gradient, of their squares, decays of either, 1 / root mean square: [TIMESCALES] each."""
+    new_accum, new_ms, decays, ms_decays, roots = (), (), (), (), ()
+    decay = grad_decay
+    for s in tl.static_range(TIMESCALES):
+        average = decay * accum[s] + (1.0 - decay) * grad
+        keep = scale_decay * keeps[s]
+        square = keep * ms[s] + (1.0 - keep) * (average * average + ms_eps)
+        new_accum, new_ms, roots = new_accum + (average,), new_ms + (square,), roots + (rsqrt(square + rms_eps),)
+        decays, ms_decays = decays + (decay,), ms_decays + (keep,)
+        if s + 1 < TIMESCALES:
+            decay = sqrt(decay)  # each timescale is twice the one before
+    return new_accum, new_ms, decays, ms_decays, roots
 
 
 @inlined
@@ -420,23 +442,14 @@ def scaled_averages(grad, accum, ms, grad_decay, scale_decay, shared, weights):
     """Moving averages of the gradient and of their squares, and the features made of them alone, in order."""
     _, _, ms_eps, rms_eps = load_four(weights, SCALARS + 4)
     keeps = load_four(shared, KEEP)
-    new_accum, new_ms, scaled, rsqrts = (), (), (), ()
-    decay = grad_decay
-    rms = grad
+    accum, ms, _, _, roots = moving_averages(grad, accum, ms, grad_decay, scale_decay, keeps, ms_eps, rms_eps)
+    features = ()
     for s in tl.static_range(TIMESCALES):
-        average = decay * accum[s] + (1.0 - decay) * grad
-        keep = scale_decay * keeps[s]
-        square = keep * ms[s] + (1.0 - keep) * (average * average + ms_eps)
-        inverse = rsqrt(square + rms_eps)
-        new_accum, new_ms, rsqrts = new_accum + (average,), new_ms + (square,), rsqrts + (inverse,)
-        scaled = scaled + (asinh(average * inverse),)
-        rms = (square + rms_eps) * inverse
-        if s + 1 < TIMESCALES:
-            decay = sqrt(decay)  # each timescale is twice the one before
-    features = scaled
+        features = features + (asinh(accum[s] * roots[s]),)
+    rms = (ms[TIMESCALES - 1] + rms_eps) * roots[TIMESCALES - 1]
     for s in tl.static_range(TIMESCALES - 1):
-        features = features + (log2(rsqrts[s] * rms),)
-    return new_accum, new_ms, features
+        features = features + (log2(roots[s] * rms),)
+    return accum, ms, features
 
 
 @inlined

@@ -2,8 +2,8 @@
 
 On the CPU the CUDA kernels are emulated, and Triton's run in its interpreter. Whether Triton interprets is decided when
 it is imported, so the whole file runs once more in a process of its own with TRITON_INTERPRET=1, which tests these
-kernels alone. Bounds are parts of the largest value. In float32 both sides round: one step differs by 2e-6
-(measured, largest of all configurations and quantities below); hence 1e-5.
+kernels alone, and so does test_hrnn_meta.py. Bounds are parts of the largest value. In float32 both sides round: one
+step differs by 2e-6 (measured, largest of all configurations and quantities below); hence 1e-5.
 """
 
 import importlib.metadata
@@ -85,8 +85,10 @@ OLD = TRITON and version("triton") < (3, 7) and version("numpy") >= (2, 4)  # lo
 @pytest.mark.skipif(not TRITON, reason="triton is not installed: pip install lopt[triton]")
 @pytest.mark.skipif(OLD, reason="the interpreter of triton before 3.7 does not work with numpy 2.4 or later")
 @pytest.mark.slow
-def test_kernels_agree_with_the_reference_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("file", ["test_hrnn.py", "test_hrnn_meta.py"])
+def test_kernels_agree_with_the_reference_in_the_interpreter(file):
+    path = str(Path(__file__).with_name(file))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
