@@ -15,9 +15,9 @@ quantity is a [BLOCK] vector; what has to be summed over lanes is written to scr
 back as a matrix: the gradients by the weights are products of two such matrices, of inputs and of cotangents of what
 they feed. There are no atomics: two runs are bitwise equal.
 
-What moves through memory, in bytes per parameter in float32: `forward` 164 (old state 84 and gradient 4, new state and
-update 80 less the decays), `backward` 248 (88, cotangents 80, derivatives 80); sums over groups 32 more, there and
-back. Scratch memory, 100 and 336 written and read, is the same for all tiles of a program and stays in the cache.
+What moves through memory, in bytes per parameter in float32: `forward` 168 (old state 84, gradient 4, new state 76,
+update 4), `backward` 252 (88, cotangents 80, derivatives 84); sums over groups 32 more, there and back. Scratch memory,
+100 and 336 written and read, is the same for all tiles of a program and stays in the cache.
 
 In Triton's interpreter they take float64 too. Tests: tests/kernels/test_hrnn_meta.py. Registers and instructions:
 `python -m lopt.bench.sass`. Time: `lopt bench meta --device cuda`.
@@ -545,7 +545,6 @@ def backward(
     LOG_LR_MAX: tl.constexpr,
     MS_EPS: tl.constexpr,
     RMS_EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -553,8 +552,8 @@ def backward(
 
     Arguments as in `forward`; d_new_*, d_update, d_attention_update: cotangents; the other d_*: written.
     groups: [R, COLUMNS, tiles * BLOCK / GROUP], written: cotangents of the gates' inputs 30, of the mean log lr.
-    outer: [programs, OUTER], written. scratch: [programs, KEPT, BLOCK]. PRECISION: of products of float32 matrices;
-    PART: lanes that are multiplied at a time.
+    outer: [programs, OUTER], written. scratch: [programs, KEPT, BLOCK].
+    PART: lanes of which the matrices are multiplied at a time.
     """
     dtype: tl.constexpr = grad.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -654,14 +653,14 @@ def backward(
                 kept(scratch + lane, 0, 32, 32, PART, BLOCK),
                 tl.trans(slopes),
                 by_matrix,
-                input_precision=PRECISION,
+                input_precision="ieee",
                 out_dtype=dtype,
             )
             by_read_outs = tl.dot(
                 kept(scratch + lane, 32, 16, 16, PART, BLOCK),
                 tl.trans(kept(scratch + lane, 48, 5, 16, PART, BLOCK)),
                 by_read_outs,
-                input_precision=PRECISION,
+                input_precision="ieee",
                 out_dtype=dtype,
             )
             store_groups(groups, row, tile * BLOCK + lane, tiles * BLOCK, slopes, PART)

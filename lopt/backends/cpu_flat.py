@@ -38,7 +38,6 @@ def _state(of: Inputs) -> list[int]:
 
 
 def _common(call: Call, inputs: Inputs) -> dict[str, Any]:
-    assert inputs.grad is not None
     owner, begins = _layout(call.sizes)
     return {
         "rows": inputs.grad.numel() // call.n,
@@ -84,8 +83,8 @@ class Kernels(flat.Kernels):
         )
         return Advanced(hidden, accum, ms, log_lr, update, attention_update, sums)
 
-    def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> Inputs:
-        slopes = Inputs(*map(torch.empty_like, inputs))._replace(grad=None)
+    def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
+        slopes = Inputs(*map(torch.empty_like, inputs))
         hidden, accum, ms, log_lr, update, attention_update, sums = cotangents
         native.load().meta_backward(
             inputs.hidden.dtype == torch.float64,
@@ -96,7 +95,7 @@ class Kernels(flat.Kernels):
             _state(slopes),
             *_addresses(slopes.weights, slopes.injected, slopes.relative_to),
         )
-        return slopes
+        return (slopes.weights, slopes.injected, slopes.relative_to, None, *slopes[flat.STATE])
 
 
 advance_flat = Kernels().advance_flat

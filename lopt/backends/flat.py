@@ -55,12 +55,12 @@ class Call:
 
 
 class Inputs(NamedTuple):
-    """What a step is computed from; of a derivative, the cotangents of these."""
+    """What a step is computed from."""
 
     weights: Tensor  # [W] or [*B, W], see `Kernels.matrix_row`
     injected: Tensor  # [*B, T, 30] bias plus what higher levels add
     relative_to: Tensor  # [*B, T] mean log lr
-    grad: Tensor | None  # [*B, n]; it has no cotangent
+    grad: Tensor  # [*B, n]
     hidden: Tensor  # [*B, 10, n], like those below before the step
     accum: Tensor  # [*B, 4, n]
     ms: Tensor  # [*B, 4, n]
@@ -69,7 +69,8 @@ class Inputs(NamedTuple):
     log_lr: Tensor  # [*B, n]
 
 
-HIDDEN, DECAYS = Inputs._fields.index("hidden"), slice(7, 9)
+STATE = slice(4, 10)
+DECAYS = slice(7, 9)
 
 
 class Cotangents(NamedTuple):
@@ -105,8 +106,11 @@ class Kernels:
         """One step."""
         raise NotImplementedError
 
-    def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> Inputs:
-        """Derivative of `forward`; the log lr's clip passes it straight through, the root of a decay of 0 stops it."""
+    def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
+        """Derivative of `forward`: cotangents of the inputs, None for the gradient.
+
+        The log lr's clip passes it straight through, the root of a decay of 0 stops it.
+        """
         raise NotImplementedError
 
     def advance_flat(
@@ -289,9 +293,10 @@ class _Advance(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = list(ctx.saved_tensors)
         if ctx.reads:
+            hidden = tensors[STATE.start]
             tensors[DECAYS.start : DECAYS.start] = [
-                _sigmoid_read_out(tensors[HIDDEN], *ctx.reads[:2]),
-                _sigmoid_read_out(tensors[HIDDEN], *ctx.reads[2:]),
+                _sigmoid_read_out(hidden, *ctx.reads[:2]),
+                _sigmoid_read_out(hidden, *ctx.reads[2:]),
             ]
         given = Cotangents(*(None if value is None else value.contiguous() for value in cotangents))
         return (None, None, None, *ctx.kernels.backward(ctx.call, Inputs(*tensors), given))

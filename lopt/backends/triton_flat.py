@@ -23,11 +23,12 @@ from lopt.backends.reference import Advanced
 from lopt.backends.triton import Tile
 from lopt.config import HRNNConfig
 
-FORWARD = Tile(128, 4, None)  # a parameter per thread
-BACKWARD = Tile(128, 4, None)
+# A parameter per thread; more per thread take more registers than there are. `python -m lopt.bench.sass` shows them.
+FORWARD = Tile(128, 4, None)
+BACKWARD = Tile(128, 4, 168)
+PART = 32  # parameters at a time in the products that are the gradients by the weights
 PROGRAMS = 1024  # at most; the same on every device, since sums are made in parts of a program each
-PRECISION = "tf32x3"  # of their matrix products: float32 in three parts of tensor cores' 11 bits
-PART = 32  # parameters that these take at a time
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}  # of the compiler; scratch memory must not be read ahead
 
 
 def _kernels() -> ModuleType:
@@ -92,7 +93,7 @@ def _outer_index(device: torch.device) -> Tensor:
     return torch.cat([matrix.flatten(), read_outs]).to(device)
 
 
-def _options(call: Call) -> dict[str, Any]:
+def options(call: Call) -> dict[str, Any]:
     """Compile-time arguments that both directions have."""
     return {
         "PRODUCTS": call.products,
@@ -101,8 +102,6 @@ def _options(call: Call) -> dict[str, Any]:
         "LOG_LR_MAX": call.log_lr_max,
         "MS_EPS": call.ms_eps,
         "RMS_EPS": call.rms_eps,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
     }
 
 
@@ -173,7 +172,7 @@ class Kernels(flat.Kernels):
                 0 if inputs.weights.dim() == 1 else inputs.weights.shape[-1],
                 self._share(call, layout, inputs, None),
                 inputs.grad,
-                *inputs[flat.HIDDEN :],
+                *inputs[flat.STATE],
                 hidden,
                 accum,
                 ms,
@@ -189,12 +188,14 @@ class Kernels(flat.Kernels):
                 work.per_program,
                 BLOCK=FORWARD.block,
                 num_warps=FORWARD.warps,
-                **_options(call),
+                maxnreg=FORWARD.registers,
+                **options(call),
+                **OPTIONS,
             )
             sums = self._add_groups(call, layout, groups, call.columns, 0 if call.products else flat.PRODUCTS)
         return Advanced(hidden, accum, ms, log_lr, update, attention_update, sums)
 
-    def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> Inputs:
+    def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
         kernels, device = _kernels(), inputs.hidden.device
         layout = _layout(call.sizes, device, BACKWARD.block)
         rows = inputs.log_lr.numel() // call.n
@@ -203,7 +204,7 @@ class Kernels(flat.Kernels):
         d_sums = cotangents.sums
         if d_sums is None:
             d_sums = inputs.log_lr.new_zeros(rows * len(call.sizes), call.columns)
-        slopes = [torch.empty_like(value) for value in inputs[flat.HIDDEN :]]
+        slopes = [torch.empty_like(value) for value in inputs[flat.STATE]]
         groups, work = self._work(layout, inputs.log_lr, rows, BACKWARD)
         outer = groups.new_empty(work.programs, kernels.OUTER.value)
         scratch = groups.new_empty(work.programs, kernels.KEPT.value, BACKWARD.block)
@@ -214,7 +215,7 @@ class Kernels(flat.Kernels):
                 inputs.weights,
                 self._share(call, layout, inputs, d_sums),
                 inputs.grad,
-                *inputs[flat.HIDDEN :],
+                *inputs[flat.STATE],
                 *given,
                 *slopes,
                 groups,
@@ -225,20 +226,16 @@ class Kernels(flat.Kernels):
                 layout.tiles,
                 work.total,
                 work.per_program,
-                PRECISION=PRECISION,
                 PART=PART,
                 BLOCK=BACKWARD.block,
                 num_warps=BACKWARD.warps,
-                **_options(call),
+                maxnreg=BACKWARD.registers,
+                **options(call),
+                **OPTIONS,
             )
             by_tensor = self._add_groups(call, layout, groups, GATE_COLUMNS + 1, 0)
-        return Inputs(
-            outer.sum(0)[_outer_index(device)],
-            by_tensor[..., :GATE_COLUMNS],
-            by_tensor[..., GATE_COLUMNS],
-            None,
-            *slopes,
-        )
+        by_weights = outer.sum(0)[_outer_index(device)]
+        return (by_weights, by_tensor[..., :GATE_COLUMNS], by_tensor[..., GATE_COLUMNS], None, *slopes)
 
 
 advance_flat = Kernels().advance_flat
