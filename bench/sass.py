@@ -74,15 +74,20 @@ def kernels() -> dict[str, Kernel]:
     """Each kernel for the default configuration on float32."""
     hrnn = backend._kernels()
     sizes = {"TENSOR_SIZE": 20, "GLOBAL_SIZE": 20}
-    features = {"KIND": 0, "ATTENTION": 0, "GRADIENT_SHORTCUT": True, "COUNT": hrnn.ROWS.value}
+    features = {"KIND": 0, "ATTENTION": 0, "GRADIENT_SHORTCUT": True, "COUNT": hrnn.ROWS.value, "COMPACT": False}
     inputs = {"INPUTS": 22, "COLUMNS": 24, "SQUARES": 22, "ATTENTION": 0, "LAST": False, "WIDTH": 32}
     meta, row, config = triton_flat._kernels(), Tile(0, 1, None), HRNNConfig()
     bounds = (config.log_lr_min, config.log_lr_max, config.ms_eps, config.rms_eps)
     both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *bounds, 0))
     part, whole = triton_flat.PART, triton_flat.BACKWARD.block
     return {
-        "prepare": Kernel(hrnn.prepare, {**sizes, "LIMIT": GRADIENT_LIMIT, "PROBLEM": True, "KIND": 0}, backend.STREAM),
+        "prepare": Kernel(
+            hrnn.prepare,
+            {**sizes, "LIMIT": GRADIENT_LIMIT, "PROBLEM": True, "COMPACT": False, "KIND": 0},
+            backend.STREAM,
+        ),
         "advance": Kernel(hrnn.advance, features, backend.TILE),
+        "advance compact": Kernel(hrnn.advance, {**features, "COMPACT": True}, backend.TILE),
         "summarise": Kernel(hrnn.summarise, {**sizes, **inputs, "EPS": DIRECTION_EPS}, Tile(0, 4, None)),
         "apply": Kernel(hrnn.apply, {"KIND": 0, "ATTENTION": 0}, backend.STREAM),
         "meta share": Kernel(meta.share, {"PRODUCTS": True, "ATTENTION": 0, "BACKWARD": True}, row),

@@ -34,7 +34,7 @@ from lopt.kernels.hrnn import (
     INTERPRETED,
     LARGEST,
     TIMESCALES,
-    any_nonzero,
+    any_but,
     asinh,
     exp2,
     inlined,
@@ -144,7 +144,7 @@ def share(
     tl.store(out + j, tl.where(j == RELATIVE_TO, tl.load(relative_to + program), value))
     begin, end = tl.load(begins + tensor), tl.load(begins + tensor + 1)
     for s in tl.static_range(TIMESCALES):
-        past = any_nonzero(ms + (row * TIMESCALES + s) * n, begin, end)
+        past = any_but(ms + (row * TIMESCALES + s) * n, begin, end, 0.0)
         tl.store(out + KEEP + s, past.to(ms.dtype.element_ty))
     if BACKWARD:
         column = j
