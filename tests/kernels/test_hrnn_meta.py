@@ -139,7 +139,8 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 @cpu_test
 @pytest.mark.parametrize(("name", "sizes", "batch"), CASES, ids=str)
-def test_one_step_agrees_with_the_reference_in_float64(target, name, sizes, batch):
+def test_one_step_agrees_with_the_reference_in_float64(target, name, sizes, batch, monkeypatch):
+    monkeypatch.setattr(triton_flat, "PROGRAMS", 1)  # which then adds up several tiles, of several rows
     config, segments = CONFIGS[name], Segments(SIZES[sizes])
     meta = make_meta(config, torch.float64)
     inputs = make_state(config, segments, torch.float64, batch)
