@@ -30,6 +30,8 @@ from lopt import backends, native
 from lopt.bench.results import Row, append, commit, device_name, load, quantiles, today
 from lopt.bench.step import Step, bytes_moved, shapes_of, timer
 from lopt.bench.train import table as training_table
+from lopt.meta.tasks import Random, paper
+from lopt.meta.unroll import Augment, Draw, Mix, Objective, World
 
 CASES = ("resnet50", "preresnet50", "inceptionv3", "vit_base_patch16_224")
 TIMM_NAMES = {"preresnet50": "resnetv2_50", "inceptionv3": "inception_v3"}  # where pytorchcv is not installed
@@ -211,10 +213,13 @@ def run_small(only: str) -> None:
     for name in contenders():
         if not name.startswith(f"hrnn {only}"):
             continue
+        backend, _, state_format = name.removeprefix("hrnn ").partition(" ")
         for attention in (False, True):
             meta = lopt.MetaParams.init(lopt.HRNNConfig(attention=attention))
             params = [torch.randn(n, device=DEVICE).requires_grad_() for n in (1, 7, 255, 257, 2049, 2052, 40_000)]
-            optimizer = lopt.HRNN(params, backend=name.removeprefix("hrnn "), meta=meta, weight_decay=0.1)
+            optimizer = lopt.HRNN(
+                params, backend=backend, state_format=state_format or "float32", meta=meta, weight_decay=0.1
+            )
             for _ in range(2):
                 for param in params:
                     param.grad = torch.randn_like(param)
@@ -222,6 +227,22 @@ def run_small(only: str) -> None:
             torch.cuda.synchronize()
             finite = all(bool(param.isfinite().all()) for param in params)
             print(f"{name}{' with attention' if attention else ''}: {'finite' if finite else 'NOT FINITE'}")
+            if name == "hrnn triton":
+                slope = small_meta_gradient(meta)
+                torch.cuda.synchronize()
+                print(f"  its meta-gradient: {'finite' if bool(slope.isfinite().all()) else 'NOT FINITE'}")
+
+
+def small_meta_gradient(meta: lopt.MetaParams) -> Tensor:
+    """Of a short unroll over tensors around the size of a tile."""
+    mix = Mix([paper.Quadratic(3), paper.Quadratic(127), paper.Quadratic(300)], meta.config, DEVICE)
+    random = Random(torch.Generator(DEVICE).manual_seed(0), repeat=1)
+    world = World(mix, 3, random, Draw(1000), Augment(), Objective())
+    flat = meta.flat().to(DEVICE).requires_grad_()
+    named = lopt.MetaParams.from_flat(meta.config, flat)
+    world.restart(named)
+    (slope,) = torch.autograd.grad(world.unroll(named, 3, derivatives=1).sum(), flat)
+    return slope
 
 
 def summary(path: Path) -> str:

@@ -18,15 +18,21 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lopt import native
 from lopt.backends import triton as backend
+from lopt.backends import triton_flat
+from lopt.backends.flat import Call
 from lopt.backends.triton import Tile
-from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT
+from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 
 OTHER_TILES = [Tile(128, 2, None), Tile(256, 4, None), Tile(256, 2, None), Tile(512, 4, None)]
-POINTERS = {"table": "*i64", "chunks": "*i32", "tickets": "*i32", "ticket": "*i32"}  # the others are to float32
+INTEGERS = ("tensors", "n", "tiles", "total", "per_program", "weight_stride", "columns")
+POINTERS = {
+    **dict.fromkeys(("table", "begins", "firsts"), "*i64"),
+    **dict.fromkeys(("chunks", "tickets", "ticket", "slots", "owners"), "*i32"),
+}  # the others are to float32
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([^;]*);")
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)")
 SPILLS = ("LDL", "STL")
@@ -39,35 +45,62 @@ class Code:
 
     Attributes:
         registers: per thread. spilled: bytes of stack per thread.
-        instructions: in all. loop: of each kind, in the longest loop.
+        instructions: in all. loop: of each kind, in the longest loop. inner: in the longest loop within that.
     """
 
     registers: int
     spilled: int
     instructions: int
     loop: collections.Counter[str]
+    inner: int
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, Any], Tile]]:
-    """Each kernel with its compile-time arguments for the default configuration on float32, and its tile."""
+class Kernel(NamedTuple):
+    """A Triton kernel.
+
+    Attributes:
+        function: of triton.jit. constants: its compile-time arguments but BLOCK and THREADS, which `tile` gives.
+        options: of the compiler. turns: of a loop within the loop over tiles.
+    """
+
+    function: Any
+    constants: dict[str, Any]
+    tile: Tile
+    options: dict[str, Any] = {}
+    turns: int = 1
+
+
+def kernels() -> dict[str, Kernel]:
+    """Each kernel for the default configuration on float32."""
     hrnn = backend._kernels()
     sizes = {"TENSOR_SIZE": 20, "GLOBAL_SIZE": 20}
-    features = {"KIND": 0, "ATTENTION": 0, "GRADIENT_SHORTCUT": True, "COUNT": hrnn.ROWS.value}
+    features = {"KIND": 0, "ATTENTION": 0, "GRADIENT_SHORTCUT": True, "COUNT": hrnn.ROWS.value, "COMPACT": False}
     inputs = {"INPUTS": 22, "COLUMNS": 24, "SQUARES": 22, "ATTENTION": 0, "LAST": False, "WIDTH": 32}
+    meta, row, config = triton_flat._kernels(), Tile(0, 1, None), HRNNConfig()
+    bounds = (config.log_lr_min, config.log_lr_max, config.ms_eps, config.rms_eps)
+    both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *bounds, 0))
+    part, whole = triton_flat.PART, triton_flat.BACKWARD.block
     return {
-        "prepare": (hrnn.prepare, {**sizes, "LIMIT": GRADIENT_LIMIT, "PROBLEM": True, "KIND": 0}, backend.STREAM),
-        "advance": (hrnn.advance, features, backend.TILE),
-        "summarise": (hrnn.summarise, {**sizes, **inputs, "EPS": DIRECTION_EPS}, Tile(0, 4, None)),
-        "apply": (hrnn.apply, {"KIND": 0, "ATTENTION": 0}, backend.STREAM),
+        "prepare": Kernel(
+            hrnn.prepare,
+            {**sizes, "LIMIT": GRADIENT_LIMIT, "PROBLEM": True, "COMPACT": False, "KIND": 0},
+            backend.STREAM,
+        ),
+        "advance": Kernel(hrnn.advance, features, backend.TILE),
+        "advance compact": Kernel(hrnn.advance, {**features, "COMPACT": True}, backend.TILE),
+        "summarise": Kernel(hrnn.summarise, {**sizes, **inputs, "EPS": DIRECTION_EPS}, Tile(0, 4, None)),
+        "apply": Kernel(hrnn.apply, {"KIND": 0, "ATTENTION": 0}, backend.STREAM),
+        "meta share": Kernel(meta.share, {"PRODUCTS": True, "ATTENTION": 0, "BACKWARD": True}, row),
+        "meta forward": Kernel(meta.forward, both, triton_flat.FORWARD, triton_flat.OPTIONS),
+        "meta backward": Kernel(
+            meta.backward, {**both, "PART": part}, triton_flat.BACKWARD, triton_flat.OPTIONS, whole // part
+        ),
+        "meta add_groups": Kernel(meta.add_groups, {"SKIPPED": 0}, row),
     }
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], tile: Tile, capability: int) -> Code:
-    """Compile a kernel and read what became of it.
-
-    Args:
-        kernel: a triton.jit function. constants: its compile-time arguments but BLOCK and THREADS, which `tile` gives.
-        capability: of the GPU, such as 90.
+def compile_kernel(kernel: Kernel, capability: int) -> Code:
+    """Compile a kernel for a GPU's compute capability, such as 90, and read what became of it.
 
     Raises:
         RuntimeError: Triton's disassembler does not read what its compiler wrote; the message says what it printed.
@@ -76,14 +109,13 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], tile: Tile, capabilit
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    names, tile = kernel.function.arg_names, kernel.tile
     tile_constants = {"BLOCK": tile.block, "THREADS": 32 * tile.warps}
-    constants = {**constants, **{name: value for name, value in tile_constants.items() if name in kernel.arg_names}}
-    signature = {
-        name: "constexpr" if name in constants else "i32" if name == "tensors" else POINTERS.get(name, "*fp32")
-        for name in kernel.arg_names
-    }
-    options = {"num_warps": tile.warps, "enable_fp_fusion": True, "maxnreg": tile.registers}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    constants = {**kernel.constants, **{name: value for name, value in tile_constants.items() if name in names}}
+    types = {**dict.fromkeys(INTEGERS, "i32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "*fp32") for name in names}
+    options = {"num_warps": tile.warps, "enable_fp_fusion": True, "maxnreg": tile.registers, **kernel.options}
+    source = ASTSource(kernel.function, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
@@ -115,9 +147,12 @@ def read_codes(binary: Path, *options: str) -> dict[str, Code]:
         name = part.split(maxsplit=1)[0]
         instructions = [(int(address, 16), kind, rest) for address, kind, rest in INSTRUCTION.findall(part)]
         begin, end = longest_loop(instructions)
+        body = [instruction for instruction in instructions if begin <= instruction[0] < end]
+        first, last = longest_loop(body)
         loop = collections.Counter(kind for address, kind, _ in instructions if begin <= address <= end)
+        inner = sum(first <= address <= last for address, _, _ in body)
         if name in used and instructions:
-            codes[name] = Code(*used[name], len(instructions), loop)
+            codes[name] = Code(*used[name], len(instructions), loop, inner)
     if not codes:
         raise RuntimeError(f"cuobjdump does not read {binary}: {usage[:200]!r}, {text[:200]!r}")
     return codes
@@ -164,7 +199,7 @@ HEADER = (
     "/ parameter",
     "most frequent in the loop",
 )
-WIDTHS = (20, 6, 6, 6, 10, 8, 13, 8, 7, 12)
+WIDTHS = (22, 6, 6, 6, 10, 8, 13, 8, 7, 12)
 
 
 def line(cells: Sequence[object]) -> str:
@@ -173,9 +208,10 @@ def line(cells: Sequence[object]) -> str:
     return f"{cells[0]!s:<{WIDTHS[0]}}{''.join(aligned)}   {cells[-1]}"
 
 
-def row(name: str, tile: Tile, code: Code) -> list[object]:
-    """What HEADER names."""
+def row(name: str, tile: Tile, code: Code, turns: int = 1) -> list[object]:
+    """What HEADER names; `turns` of the loop within the loop count for each parameter."""
     loop = sum(code.loop.values())
+    executed = loop + (turns - 1) * code.inner
     return [
         name,
         tile.block or "-",
@@ -186,7 +222,7 @@ def row(name: str, tile: Tile, code: Code) -> list[object]:
         code.instructions,
         loop,
         sum(code.loop[spill] for spill in SPILLS),
-        f"{loop * tile.warps / tile.block:.1f}" if tile.block else "-",
+        f"{executed * tile.warps / tile.block:.1f}" if tile.block else "-",
         " ".join(f"{kind} {count}" for kind, count in code.loop.most_common(7)),
     ]
 
@@ -207,12 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(line(HEADER))
     for cells in cuda_rows(args.capability):
         print(line(cells) if len(cells) == len(HEADER) else "".join(map(str, cells)))
-    table = [(name, kernel, constants, tile) for name, (kernel, constants, tile) in kernels().items()]
+    table = list(kernels().items())
     if args.tiles:
-        _, kernel, constants, _ = table[1]
-        table += [("advance", kernel, constants, tile) for tile in OTHER_TILES]
-    for name, kernel, constants, tile in table:
-        print(line(row(f"triton {name}", tile, compile_kernel(kernel, constants, tile, args.capability))), flush=True)
+        table += [("advance", kernels()["advance"]._replace(tile=tile)) for tile in OTHER_TILES]
+    for name, kernel in table:
+        code = compile_kernel(kernel, args.capability)
+        print(line(row(f"triton {name}", kernel.tile, code, kernel.turns)), flush=True)
     return 0
 
 

@@ -6,7 +6,7 @@
 // order: the incoming gradient is a constant. The clip of the log lr is passed straight through. Where a decay is 0 (the
 // first step) the derivative of its square root, which is infinite, counts as 0.
 //
-// Reference: lopt/backends/reference.py, advance_flat. Tests: tests/backends/test_cpu_backward.py.
+// Reference: lopt/backends/reference.py, advance_flat. Tests: tests/kernels/test_hrnn_meta.py.
 #pragma once
 
 #include "hrnn_step.h"
@@ -16,7 +16,7 @@ namespace lopt {
 constexpr int kInputs = 12;  // features in the order of config.features: 4 scaled, 3 products, 4 log ms, relative log lr
 constexpr int kGates = 3 * kHidden;
 
-// Meta-parameters of the parameter level apart from biases, as lopt/backends/cpu_flat.py lays them out. Rows of `matrix`:
+// Meta-parameters of the parameter level apart from biases, as lopt/backends/flat.py lays them out. Rows of `matrix`:
 // features, then hidden state (for the candidates: times the reset gate). Columns: reset, update, candidate.
 template <class Real>
 struct PlainWeights {

@@ -6,7 +6,7 @@
 //   runs. Items are summed in their order: the result does not depend on the number of threads.
 // Derivative: recomputes the step from the old state. The gradients by the weight matrix are sums of outer products; inputs
 //   and cotangents of kSlabs groups are collected and multiplied in tiles that stay in registers.
-// Reference: lopt/backends/reference.py, advance_flat. Tests: tests/backends/test_cpu_backward.py.
+// Reference: lopt/backends/reference.py, advance_flat. Tests: tests/kernels/test_hrnn_meta.py.
 
 #include "hrnn_meta.h"
 

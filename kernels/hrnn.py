@@ -14,7 +14,7 @@ Tensors are reached through a table of addresses, int64 [columns, tensors]: thei
 of launches. Sums over a tensor are of partial sums per chunk, in the order of the chunks: two runs are bitwise equal.
 
 What moves through memory, in bytes per parameter with a float32 gradient and parameter: prepare 4 (the gradient),
-advance 160 (gradient 4, state in and out 2 * 76, update 4), apply 12.
+advance 160 (gradient 4, state in and out 2 * 76, update 4) or with a compact state (lopt/compact.py) 88, apply 12.
 
 Tests: tests/kernels/test_hrnn.py. Registers and instructions: `python -m lopt.bench.sass`. Time: `lopt bench step`.
 """
@@ -24,6 +24,7 @@ Tests: tests/kernels/test_hrnn.py. Registers and instructions: `python -m lopt.b
 import triton
 import triton.language as tl
 
+from lopt import compact
 from lopt.backends.gpu import AdvanceColumn, ApplyColumn, SummaryColumn
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -49,7 +50,7 @@ READOUT = tl.constexpr(640)  # [HIDDEN, 4] direction, log lr, attention, padding
 DECAYS = tl.constexpr(680)  # [HIDDEN, 2] grad decay, scale decay
 SHORTCUT = tl.constexpr(700)  # [2, TIMESCALES] direction, attention
 # Biases of grad decay, scale decay, log lr; momentum; log2 of the step's offset, attention factor, ms eps, rms eps;
-# log lr min, log lr max, padding 2.
+# log lr min, log lr max; of the compact format what a step of the hidden state is, and how many steps 1 is.
 SCALARS = tl.constexpr(708)
 WEIGHTS = tl.constexpr(720)
 
@@ -101,6 +102,13 @@ FLOAT64 = tl.constexpr(1)
 BFLOAT16 = tl.constexpr(2)
 FLOAT16 = tl.constexpr(3)
 MIXED = tl.constexpr(4)  # for compile-time kinds: look into the table
+
+# The compact state.
+HIDDEN_STEPS = tl.constexpr(float(compact.HIDDEN_STEPS))
+MS_STEPS = tl.constexpr(compact.MS_STEPS)
+MS_ZERO = tl.constexpr(compact.MS_ZERO)
+LARGEST_RATIO = tl.constexpr(65504.0)  # of float16
+SMALLEST_MS = tl.constexpr(2.0**-126)  # that is normal: less is flushed to 0
 
 PARTIALS = tl.constexpr(32)  # row length of the partial sums, at least their number
 LARGEST = tl.constexpr(60.0)  # bound of binary exponents: products of two powers are finite, 2^-60 is 0 beside 1
@@ -166,10 +174,12 @@ def sqrt(x):
 
 @inlined
 def asinh(x):
-    """Odd, and accurate near 0: a polynomial below 0.5, log(|x| + sqrt(x^2 + 1)) above."""
+    """Odd, and in float32 accurate near 0: a polynomial below 0.5, log(|x| + sqrt(x^2 + 1)) above."""
     magnitude = tl.minimum(tl.abs(x), 1e18)
     square = magnitude * magnitude
     large = 0.6931471805599453 * log2(magnitude + sqrt(square + 1.0))
+    if x.dtype == tl.float64:
+        return tl.where(x < 0, -large, large)
     p = square * -0.013248102739453316 + 0.028175560757517815
     p = square * p - 0.044385865330696106
     p = square * p + 0.07498663663864136
@@ -209,6 +219,12 @@ def column(table, index, tensors, tensor):
 def floats(address):
     """An int64 address as a pointer to float32."""
     return address.to(tl.pointer_type(tl.float32))
+
+
+@inlined
+def codes(address):
+    """An int64 address as a pointer to int16."""
+    return address.to(tl.pointer_type(tl.int16))
 
 
 @inlined
@@ -308,6 +324,7 @@ def prepare(
     TENSOR_SIZE: tl.constexpr,
     GLOBAL_SIZE: tl.constexpr,
     PROBLEM: tl.constexpr,
+    COMPACT: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -319,6 +336,7 @@ def prepare(
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
     skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
     PROBLEM: the log lr is taken relative to the mean over all tensors, otherwise over its own.
+    COMPACT: the format of the state.
     """
     program = tl.program_id(0)
     if program < tensors:
@@ -334,6 +352,7 @@ def prepare(
             TENSOR_SIZE,
             GLOBAL_SIZE,
             PROBLEM,
+            COMPACT,
         )
     elif tl.load(skip) == 0:
         chunk = program - tensors
@@ -365,6 +384,7 @@ def share(
     TENSOR_SIZE: tl.constexpr,
     GLOBAL_SIZE: tl.constexpr,
     PROBLEM: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):
     """Write a tensor's row of `shared` from the tensor and global states before the step."""
     row = shared + tensor.to(tl.int64) * SHARED
@@ -402,17 +422,41 @@ def share(
     started = tl.load(floats(column(table, STEP, tensors, tensor))) > 0
     tl.store(row + STARTED, started.to(tl.float32))
     size = column(table, SIZE, tensors, tensor)
-    ms = floats(column(table, MS, tensors, tensor))
+    ms = column(table, MS, tensors, tensor)
+    end = tl.where(started, size, 0)
     for s in tl.static_range(TIMESCALES):
-        # As a rule the first value decides.
-        begin = size * 0
-        searching = started
-        while searching:
-            offset = begin + tl.arange(0, 256)
-            past = tl.max(tl.where(tl.load(ms + s * size + offset, mask=offset < size, other=0.0) != 0, 1, 0), 0)
-            begin += 256
-            searching = (past == 0) & (begin < size)
-            tl.store(row + KEEP + s, past.to(tl.float32))
+        if COMPACT:
+            past = any_but(codes(ms) + s * size, size * 0, end, MS_ZERO)
+        else:
+            past = any_but(floats(ms) + s * size, size * 0, end, 0.0)
+        tl.store(row + KEEP + s, past.to(tl.float32))
+
+
+@inlined
+def any_but(values, begin, end, ZERO: tl.constexpr):
+    """Whether one of values [begin:end] is not ZERO: 1 or 0. As a rule the first one is not."""
+    found = tl.min(tl.zeros([1], tl.int32), 0)
+    while (found == 0) & (begin < end):
+        offset = begin + tl.arange(0, 256)
+        found = tl.max(tl.where(tl.load(values + offset, mask=offset < end, other=ZERO) != ZERO, 1, 0), 0)
+        begin += 256
+    return found
+
+
+@inlined
+def moving_averages(grad, accum, ms, grad_decay, scale_decay, keeps, ms_eps, rms_eps):
+    """Averages of the gradient, of their squares, decays of either, 1 / root mean square: [TIMESCALES] each."""
+    new_accum, new_ms, decays, ms_decays, roots = (), (), (), (), ()
+    decay = grad_decay
+    for s in tl.static_range(TIMESCALES):
+        average = decay * accum[s] + (1.0 - decay) * grad
+        keep = scale_decay * keeps[s]
+        square = keep * ms[s] + (1.0 - keep) * (average * average + ms_eps)
+        new_accum, new_ms, roots = new_accum + (average,), new_ms + (square,), roots + (rsqrt(square + rms_eps),)
+        decays, ms_decays = decays + (decay,), ms_decays + (keep,)
+        if s + 1 < TIMESCALES:
+            decay = sqrt(decay)  # each timescale is twice the one before
+    return new_accum, new_ms, decays, ms_decays, roots
 
 
 @inlined
@@ -420,23 +464,14 @@ def scaled_averages(grad, accum, ms, grad_decay, scale_decay, shared, weights):
     """Moving averages of the gradient and of their squares, and the features made of them alone, in order."""
     _, _, ms_eps, rms_eps = load_four(weights, SCALARS + 4)
     keeps = load_four(shared, KEEP)
-    new_accum, new_ms, scaled, rsqrts = (), (), (), ()
-    decay = grad_decay
-    rms = grad
+    accum, ms, _, _, roots = moving_averages(grad, accum, ms, grad_decay, scale_decay, keeps, ms_eps, rms_eps)
+    features = ()
     for s in tl.static_range(TIMESCALES):
-        average = decay * accum[s] + (1.0 - decay) * grad
-        keep = scale_decay * keeps[s]
-        square = keep * ms[s] + (1.0 - keep) * (average * average + ms_eps)
-        inverse = rsqrt(square + rms_eps)
-        new_accum, new_ms, rsqrts = new_accum + (average,), new_ms + (square,), rsqrts + (inverse,)
-        scaled = scaled + (asinh(average * inverse),)
-        rms = (square + rms_eps) * inverse
-        if s + 1 < TIMESCALES:
-            decay = sqrt(decay)  # each timescale is twice the one before
-    features = scaled
+        features = features + (asinh(accum[s] * roots[s]),)
+    rms = (ms[TIMESCALES - 1] + rms_eps) * roots[TIMESCALES - 1]
     for s in tl.static_range(TIMESCALES - 1):
-        features = features + (log2(rsqrts[s] * rms),)
-    return new_accum, new_ms, features
+        features = features + (log2(roots[s] * rms),)
+    return accum, ms, features
 
 
 @inlined
@@ -510,6 +545,57 @@ def accumulate(total, value, exists, THREADS: tl.constexpr):
 
 
 @inlined
+def nearest(x):
+    """To the nearest whole number, ties to even, where |x| < 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@inlined
+def load_hidden(address, offset, mask, weights, COMPACT: tl.constexpr):
+    if COMPACT:
+        _, _, step, _ = load_four(weights, SCALARS + 8)
+        return tl.load(codes(address) + offset, mask=mask, other=0).to(tl.float32) * step
+    return tl.load(floats(address) + offset, mask=mask, other=0.0)
+
+
+@inlined
+def store_hidden(address, offset, value, mask, weights, COMPACT: tl.constexpr):
+    if COMPACT:
+        _, _, _, steps = load_four(weights, SCALARS + 8)
+        code = nearest(tl.minimum(tl.maximum(value * steps, -HIDDEN_STEPS), HIDDEN_STEPS))
+        tl.store(codes(address) + offset, code.to(tl.int16), mask=mask)
+    else:
+        tl.store(floats(address) + offset, value, mask=mask)
+
+
+@inlined
+def load_averages(accum, ms, offset, mask, COMPACT: tl.constexpr):
+    """Average and mean square of a timescale."""
+    if COMPACT:
+        code = tl.load(codes(ms) + offset, mask=mask, other=MS_ZERO).to(tl.float32)
+        ratio = tl.load(accum.to(tl.pointer_type(tl.float16)) + offset, mask=mask, other=0.0).to(tl.float32)
+        # The code of zero becomes at most 2^-126, which is nothing beside any epsilon.
+        return ratio * exp2(code * (0.5 / MS_STEPS)), exp2(code * (1.0 / MS_STEPS))
+    return tl.load(floats(accum) + offset, mask=mask, other=0.0), tl.load(floats(ms) + offset, mask=mask, other=0.0)
+
+
+@inlined
+def store_averages(accum, ms, offset, average, square, mask, COMPACT: tl.constexpr):
+    if COMPACT:
+        code = nearest(
+            tl.minimum(tl.maximum(log2(tl.maximum(square, SMALLEST_MS)) * MS_STEPS, MS_ZERO + 1), -MS_ZERO - 1)
+        )
+        code = tl.where(square > 0, code, MS_ZERO)
+        ratio = average * exp2(code * (-0.5 / MS_STEPS))
+        ratio = tl.minimum(tl.maximum(ratio, -LARGEST_RATIO), LARGEST_RATIO)
+        tl.store(codes(ms) + offset, code.to(tl.int16), mask=mask)
+        tl.store(accum.to(tl.pointer_type(tl.float16)) + offset, ratio.to(tl.float16), mask=mask)
+    else:
+        tl.store(floats(accum) + offset, average, mask=mask)
+        tl.store(floats(ms) + offset, square, mask=mask)
+
+
+@inlined
 def advance_tile(
     totals,
     tensor,
@@ -525,13 +611,14 @@ def advance_tile(
     ATTENTION: tl.constexpr,
     GRADIENT_SHORTCUT: tl.constexpr,
     COUNT: tl.constexpr,
+    COMPACT: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
     """Advance `count` <= BLOCK parameters from `start` on; returns `totals` with them added.
 
     totals: [THREADS] vectors: hidden state, features, direction^2, log lr, attention direction^2.
-    tensor: addresses of grad (and its kind), hidden, accum, ms, log_lr; each row of these has n numbers.
+    tensor: addresses of grad (and its kind), hidden, accum, ms, log_lr, the last a pointer; each row has n numbers.
     """
     offset = tl.arange(0, BLOCK)
     mask = offset < count
@@ -539,17 +626,16 @@ def advance_tile(
     grad = load_kind(tensor[0], tensor[1], start + offset, mask, KIND) * factor
     hidden, accum, ms = (), (), ()
     for i in tl.static_range(HIDDEN):
-        hidden = hidden + (tl.load(tensor[2] + (i * n + start) + offset, mask=mask, other=0.0),)
+        hidden = hidden + (load_hidden(tensor[2], (i * n + start) + offset, mask, weights, COMPACT),)
     for s in tl.static_range(TIMESCALES):
-        accum = accum + (tl.load(tensor[3] + (s * n + start) + offset, mask=mask, other=0.0),)
-        ms = ms + (tl.load(tensor[4] + (s * n + start) + offset, mask=mask, other=0.0),)
+        average, square = load_averages(tensor[3], tensor[4], (s * n + start) + offset, mask, COMPACT)
+        accum, ms = accum + (average,), ms + (square,)
     log_lr = tl.load(tensor[5] + start + offset, mask=mask, other=0.0)
 
     grad_decay, scale_decay = read_decays(hidden, shared, weights)
     accum, ms, features = scaled_averages(grad, accum, ms, grad_decay, scale_decay, shared, weights)
     for s in tl.static_range(TIMESCALES):
-        tl.store(tensor[3] + (s * n + start) + offset, accum[s], mask=mask)
-        tl.store(tensor[4] + (s * n + start) + offset, ms[s], mask=mask)
+        store_averages(tensor[3], tensor[4], (s * n + start) + offset, accum[s], ms[s], mask, COMPACT)
     features = features + (log_lr - tl.load(shared + RELATIVE_TO),)
     if COUNT == ROWS:
         for s in tl.static_range(TIMESCALES - 1):
@@ -564,7 +650,7 @@ def advance_tile(
         units = advance_pair(inputs, reset, shared, weights, pair, COUNT)
         for odd in tl.static_range(2):
             h = units[odd]
-            tl.store(tensor[2] + ((2 * pair + odd) * n + start) + offset, h, mask=mask)
+            store_hidden(tensor[2], ((2 * pair + odd) * n + start) + offset, h, mask, weights, COMPACT)
             to_direction, to_log_lr, to_attention, _ = load_four(weights, READOUT + (2 * pair + odd) * 4)
             direction = h * to_direction + direction
             log_step = h * to_log_lr + log_step
@@ -656,6 +742,7 @@ def advance(
     ATTENTION: tl.constexpr,
     GRADIENT_SHORTCUT: tl.constexpr,
     COUNT: tl.constexpr,
+    COMPACT: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -664,7 +751,7 @@ def advance(
     table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     weights: [WEIGHTS]. shared: [tensors, SHARED] of `prepare`. skip: [] other than 0: nothing is changed.
     update, attention_update: [n] of all tensors, written. partials: [chunks, PARTIALS], tickets: int32 [tensors], zero
-    before and after. sums: [tensors, columns], written.
+    before and after. sums: [tensors, columns], written. COMPACT: the format of the state.
     """
     if tl.load(skip) != 0:
         return
@@ -679,9 +766,9 @@ def advance(
     addresses = (
         column(table, GRAD, tensors, tensor),
         column(table, GRAD_KIND, tensors, tensor),
-        floats(column(table, HIDDEN_STATE, tensors, tensor)),
-        floats(column(table, ACCUM, tensors, tensor)),
-        floats(column(table, MS, tensors, tensor)),
+        column(table, HIDDEN_STATE, tensors, tensor),
+        column(table, ACCUM, tensors, tensor),
+        column(table, MS, tensors, tensor),
         floats(column(table, LOG_LR, tensors, tensor)),
     )
     shift = column(table, OFFSET, tensors, tensor)
@@ -706,6 +793,7 @@ def advance(
             ATTENTION,
             GRADIENT_SHORTCUT,
             COUNT,
+            COMPACT,
             BLOCK,
             THREADS,
         )

@@ -1,4 +1,7 @@
-"""The compact state: what 16 bits resolve, steps beside float32 state, checkpoints from one format into the other."""
+"""The compact state: what 16 bits resolve, steps beside float32 state, checkpoints from one format into the other.
+
+What GPU kernels make of it: tests/kernels/test_hrnn.py.
+"""
 
 import copy
 import math
@@ -8,21 +11,12 @@ import torch
 
 import lopt
 from lopt import HRNN, HRNNConfig, MetaParams, backends, compact, native
-from lopt.backends import cuda, reference
+from lopt.backends import reference
 from lopt.state import bytes_per_parameter, convert, init_state, rows
 
 BACKENDS = [name for name in ("reference", "cpu") if backends.unusable(name) is None]
 META = MetaParams.init(HRNNConfig(), 1)
 ATTENTION = MetaParams.init(HRNNConfig(attention=True), 2)
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """The CUDA kernels, emulated on the CPU, where HRNN never chooses them."""
-    if native.absent():
-        pytest.skip(native.absent())
-    monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend("lopt.backends.cuda", "cpu"))
-    monkeypatch.setattr(cuda, "unusable", lambda: None)
 
 
 def random_state(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -127,24 +121,6 @@ def test_kernel_makes_the_same_codes_as_the_reference(n, meta):
             assert (difference > 0).float().mean() <= 0.05 + 1 / n, (isa, name)
         torch.testing.assert_close(results[isa]["accum"].float(), results[None]["accum"].float(), rtol=4e-3, atol=1e-6)
         torch.testing.assert_close(results[isa]["log_lr"], results[None]["log_lr"], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("meta", [META, ATTENTION], ids=["default", "attention"])
-@pytest.mark.parametrize("n", [1, 37, 516])
-def test_cuda_kernel_makes_the_same_codes_as_the_reference(n, meta, emulated):
-    results = []
-    for backend in ("reference", "cuda"):
-        param = torch.nn.Parameter(torch.zeros(n))
-        optimizer = HRNN([param], meta=meta, state_format="compact", backend=backend)
-        for step in range(4):
-            param.grad = torch.randn(n, generator=torch.Generator().manual_seed(step)) * 1e-2
-            optimizer.step()
-        results.append(optimizer.state[param])
-    for name in ("hidden", "ms"):
-        difference = (results[0][name].int() - results[1][name].int()).abs()
-        assert difference.max() <= 4, name
-        assert (difference > 0).float().mean() <= 0.05 + 1 / n, name
-    torch.testing.assert_close(results[0]["log_lr"], results[1]["log_lr"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lopt import compact
 from lopt.backends import coverage, gpu
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.metaparams import MetaParams
@@ -34,7 +35,7 @@ class Tile(NamedTuple):
 TILE = Tile(256, 4, 168)
 STREAM = Tile(1024, 4, None)  # of the kernels that only pass over memory
 CHUNK = 2048  # fewest parameters: enough to pay for adding up the sums
-STATE_FORMATS = ("float32",)
+STATE_FORMATS = ("float32", "compact")
 LARGEST_LEVEL = 1024  # hidden units
 
 
@@ -85,6 +86,8 @@ class Packed:
         inputs = scaled.inputs.clone()
         inputs[14:17] *= -2 * math.log(2)  # the feature is log2(rms_4 / rms_s)
         reset, update, candidate = inputs.split(10, 1)
+        limit = compact.limit(meta)
+        step = zeros(1) + limit / compact.HIDDEN_STEPS
         scalars = ("log_lr_bias", "momentum", "log2_step_offset", "attention_factor", "ms_eps", "rms_eps")
         self.weights = gpu.join(
             [
@@ -96,7 +99,8 @@ class Packed:
                 read_outs["attention_shortcut"],
                 read_outs["decay_bias"],
                 *(read_outs[name] for name in (*scalars, "log_lr_min", "log_lr_max")),
-                zeros(2),
+                step,
+                1 / step,
             ]
         )
         self.bias, self.from_tensor, self.from_global = map(
@@ -163,6 +167,7 @@ class Stages(gpu.Stages):
             TENSOR_SIZE=config.tensor_size,
             GLOBAL_SIZE=config.global_size,
             PROBLEM=config.relative_log_lr == "problem",
+            COMPACT=kept.compact,
             KIND=kind,
             BLOCK=STREAM.block,
             num_warps=STREAM.warps,
@@ -186,6 +191,7 @@ class Stages(gpu.Stages):
             ATTENTION=int(config.attention),
             GRADIENT_SHORTCUT=config.gradient_shortcut,
             COUNT=count.value,
+            COMPACT=kept.compact,
             BLOCK=TILE.block,
             THREADS=TILE.block if interpreted() else 32 * TILE.warps,
             num_warps=TILE.warps,

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lopt.backends import cpu_flat, reference
-from lopt.backends.cpu_flat import read_decays
+from lopt.backends import cpu_flat, reference, triton_flat
+from lopt.backends.flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.meta.tasks.base import Data, Random, Task
@@ -29,9 +29,12 @@ Meta = Mapping[str, Tensor]
 Advance = Callable[..., Advanced]
 
 
+ADVANCE: dict[str, Advance] = {"cpu": cpu_flat.advance_flat, "cuda": triton_flat.advance_flat}
+
+
 def choose_advance(device: torch.device) -> Advance:
-    """The fastest per-parameter stage that can be differentiated on a device."""
-    return cpu_flat.advance_flat if device.type == "cpu" else reference.advance_flat
+    """The fastest per-parameter stage that can be differentiated on a device; without its kernels, the reference's."""
+    return ADVANCE.get(device.type, reference.advance_flat)
 
 
 @dataclasses.dataclass(frozen=True)
