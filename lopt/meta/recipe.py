@@ -278,7 +278,7 @@ DEFAULT = Recipe(
 # From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-1`.
 REFINE = Recipe(
     config=SHIPPED_CONFIG,
-    minutes=60,
+    minutes=40,
     validate_every=100,
     stages=(
         Stage(
@@ -294,21 +294,6 @@ REFINE = Recipe(
             warmup=20,
             final_lr=0.05,
             objective=Objective(floor=1e-3, cap=2.0),
-        ),
-        Stage(
-            "refine-long",
-            800,
-            hard_mixes,
-            "pes",
-            rows=64,
-            reuse=30,
-            unroll=Draw(30),
-            episode=Draw(200, 5000),
-            lr=3e-4,
-            warmup=20,
-            final_lr=0.05,
-            objective=Objective(floor=3e-4, cap=2.0),
-            augment=Augment(lr=(1e-5, 1e-1)),
         ),
     ),
 )
