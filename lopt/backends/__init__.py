@@ -46,7 +46,8 @@ def _module(name: str) -> ModuleType:
 
 def state_formats(name: str) -> tuple[str, ...]:
     """Which of `lopt.state.FORMATS` a backend steps."""
-    return () if BACKENDS[name].module is None else _module(name).STATE_FORMATS
+    formats: tuple[str, ...] = _module(name).STATE_FORMATS
+    return formats
 
 
 def unusable(name: str) -> str | None:
