@@ -1,4 +1,13 @@
-"""Shared by all tests: what runs only on some machines says so."""
+"""Shared by all tests: what runs only on some machines says so; programs of several processes and their outcomes."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +26,64 @@ def isa(request: pytest.FixtureRequest):
     native.load().use_isa(request.param)
     yield request.param
     native.load().use_isa("")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch's operators run on one thread while the test does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", name="run_processes")
+def _run_processes() -> Callable[..., None]:
+    return run_processes
+
+
+@pytest.fixture(name="failures_of")
+def _failures_of() -> Callable[[str, Path, int], list[str]]:
+    return failures_of
+
+
+def run_processes(
+    program: str,
+    arguments: Sequence[Sequence[str]],
+    environments: Sequence[Mapping[str, str]],
+    folder: Path,
+    timeout: float,
+) -> None:
+    """Run a Python file as one process per entry and wait for all; what each prints is in said-<rank>.txt of `folder`.
+
+    arguments, environments: of each process, the latter beside this one's. timeout: seconds until all are killed.
+    """
+    common = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with contextlib.ExitStack() as files:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", program, *own],
+                env=common | environment,
+                stdout=files.enter_context(open(folder / f"said-{rank}.txt", "w")),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, (own, environment) in enumerate(zip(arguments, environments, strict=True))
+        ]
+        end = time.monotonic() + timeout
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.wait()
+
+
+def failures_of(check: str, folder: Path, processes: int) -> list[str]:
+    """What went wrong with a check in any process. Each leaves outcomes-<rank>.json: check -> None or an error."""
+    failures = []
+    for rank in range(processes):
+        path = folder / f"outcomes-{rank}.json"
+        outcomes = json.loads(path.read_text()) if path.exists() else {}
+        if outcomes.get(check, "not reached") is not None:
+            said = (folder / f"said-{rank}.txt").read_text()[-2000:]
+            failures.append(f"process {rank}: {outcomes.get(check, f'not reached, see the check before it. {said}')}")
+    return failures

@@ -8,10 +8,8 @@ without others, which passes a checkpoint on.
 import contextlib
 import copy
 import json
-import os
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -501,7 +499,7 @@ def main(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[..., None]) -> Path:
     """What the two processes leave, with a checkpoint of this one process for them to find."""
     folder = tmp_path_factory.mktemp("distributed")
     model = build()
@@ -510,35 +508,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layout in ("nested", "flat"):
         save_run(model, optimizer, folder / "one", layout)
     torch.save(content(optimizer), folder / "one.pt")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with contextlib.ExitStack() as files:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, str(rank), str(folder)],
-                env=environment,
-                stdout=files.enter_context(open(folder / f"said-{rank}.txt", "w")),
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(WORLD)
-        ]
-        end = time.monotonic() + TIMEOUT
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
-            process.kill()
-            process.wait()
+    run_processes(__file__, [(str(rank), str(folder)) for rank in range(WORLD)], [{}] * WORLD, folder, TIMEOUT)
     return folder
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_two_processes(check: str, folder: Path) -> None:
-    failures = []
-    for rank in range(WORLD):
-        path = folder / f"outcomes-{rank}.json"
-        outcomes = json.loads(path.read_text()) if path.exists() else {}
-        if outcomes.get(check, "not reached") is not None:
-            said = (folder / f"said-{rank}.txt").read_text()[-2000:]
-            failures.append(f"process {rank}: {outcomes.get(check, f'not reached, see the check before it. {said}')}")
+def test_on_two_processes(check: str, folder: Path, failures_of: Callable[[str, Path, int], list[str]]) -> None:
+    failures = failures_of(check, folder, WORLD)
     assert not failures, "\n".join(failures)
 
 

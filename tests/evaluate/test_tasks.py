@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from lopt.evaluate import families, problems, suites, tasks
 from lopt.evaluate.training import _loss_and_gradient, _views
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_there_are_enough_tasks_of_500_to_20000_parameters():

@@ -16,12 +16,7 @@ WEIGHTS = {digest(meta): meta for meta in (META, ATTENTIVE)}
 PLAIN = suites.hrnn(digest(META))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Shared by the tests of training: one thread, a tree of images, and the comparison of two runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
-from lopt.train import checkpoint
+from lopt.train import checkpoint, models
+from lopt.train.data import Digits
 from lopt.train.metrics import COLUMNS, read_metrics
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """Of every test here."""
+
+
+@pytest.fixture(scope="module", name="data")
+def _data() -> Digits:
+    """Fewer images than there are, so that an evaluation is quick."""
+    digits = Digits()
+    digits.test_images, digits.test_labels = digits.test_images[:64], digits.test_labels[:64]
+    return digits
+
+
+@pytest.fixture
+def narrow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model with fewer channels."""
+    monkeypatch.setitem(models.OWN, "preresnet8", (4, 8, 16))
 
 
 @pytest.fixture(name="make_tree")

@@ -19,6 +19,8 @@ from lopt.train.loop import Training
 from lopt.train.metrics import COLUMNS, read_metrics
 from lopt.train.stop import StopRequest
 
+pytestmark = pytest.mark.usefixtures("narrow_model")
+
 CONFIG = Config(
     model="preresnet8", data="digits", optimizer="adamw", lr=1e-3, weight_decay=1e-2, schedule="cosine", steps=24,
     batch_size=16, image_size=8, seed=5, device="cpu", threads=1, workers=0, log_every=4, eval_every=10,
@@ -39,19 +41,6 @@ class StopAfter(StopRequest):
     def received(self) -> int | None:  # type: ignore[override]
         self.asked += 1
         return 2 if self.asked > self.count else None
-
-
-@pytest.fixture(scope="module")
-def data() -> Digits:
-    """Fewer images than there are, so that an evaluation is quick."""
-    digits = Digits()
-    digits.test_images, digits.test_labels = digits.test_images[:64], digits.test_labels[:64]
-    return digits
-
-
-@pytest.fixture(autouse=True)
-def _narrow_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.OWN, "preresnet8", (4, 8, 16))
 
 
 def train(config: Config, data: Digits, folder: Path, stop: StopRequest | None = None) -> bool:

@@ -20,6 +20,8 @@ from lopt.train.loop import Training
 from lopt.train.metrics import COLUMNS, TAGS, Counts, read_metrics
 from lopt.train.stop import StopRequest
 
+pytestmark = pytest.mark.usefixtures("narrow_model")
+
 CONFIG = Config(
     model="preresnet8", data="digits", optimizer="hrnn", lr=1.0, weight_decay=0.0, schedule="cosine", steps=8,
     batch_size=16, image_size=8, seed=5, device="cpu", threads=1, workers=0, log_every=2, eval_every=4,
@@ -28,16 +30,8 @@ CONFIG = Config(
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.05}
 
 
-@pytest.fixture(scope="module")
-def data() -> Digits:
-    digits = Digits()
-    digits.test_images, digits.test_labels = digits.test_images[:64], digits.test_labels[:64]
-    return digits
-
-
 @pytest.fixture(autouse=True)
-def _narrow_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.OWN, "preresnet8", (4, 8, 16))
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "draw", lambda *_: None)
 
 

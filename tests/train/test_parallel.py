@@ -10,9 +10,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -282,7 +280,7 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[..., None]) -> Path:
     """What the two processes leave, beside the same runs of this one process."""
     folder = tmp_path_factory.mktemp("parallel")
     with plain_model():
@@ -293,35 +291,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with contextlib.ExitStack() as files:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, str(folder)],
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=files.enter_context(open(folder / f"said-{rank}.txt", "w")),
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(WORLD)
-        ]
-        end = time.monotonic() + TIMEOUT
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
-            process.kill()
-            process.wait()
+    environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(WORLD)]
+    run_processes(__file__, [[str(folder)]] * WORLD, environments, folder, TIMEOUT)
     return folder
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_two_processes(check: str, folder: Path) -> None:
-    failures = []
-    for rank in range(WORLD):
-        path = folder / f"outcomes-{rank}.json"
-        outcomes = json.loads(path.read_text()) if path.exists() else {}
-        if outcomes.get(check, "not reached") is not None:
-            said = (folder / f"said-{rank}.txt").read_text()[-2000:]
-            failures.append(f"process {rank}: {outcomes.get(check, f'not reached, see the check before it. {said}')}")
+def test_on_two_processes(check: str, folder: Path, failures_of: Callable[[str, Path, int], list[str]]) -> None:
+    failures = failures_of(check, folder, WORLD)
     assert not failures, "\n".join(failures)
 
 
