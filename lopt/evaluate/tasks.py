@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lopt.meta.tasks.networks import gru
+from lopt.meta.tasks.paper import affine
+
 Params = Sequence[Tensor]  # one [count, *shape] per parameter tensor
 Activation = Callable[[Tensor], Tensor]
 
@@ -57,13 +60,6 @@ class Network:
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
         """Outputs [count, m, ..] of samples [count, m, ..]; batch statistics are those of the first `fit` samples."""
         raise NotImplementedError
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[count, .., in], [count, in, out], [count, out] -> [count, .., out]."""
-    flat = x.flatten(1, -2)
-    y = flat @ weight if bias is None else torch.baddbmm(bias[:, None], flat, weight)
-    return y.view(*x.shape[:-1], -1)
 
 
 def _shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -177,24 +173,6 @@ class ResNet(Network):
             x = x + y
         x = torch.relu(batch_norm(x, params[-4], params[-3], fit))
         return affine(x.mean((2, 3)), *params[-2:])
-
-
-def gru(x: Tensor, params: Params) -> list[Tensor]:
-    """Hidden states [count, m, size] after each of the inputs [count, m, length, in]; torch.nn.GRU's equations.
-
-    params: [count, in, 3 size], [count, 3 size], [count, size, 3 size], [count, 3 size].
-    """
-    weight, bias, recurrent, recurrent_bias = params
-    size = recurrent.shape[1]
-    inputs = affine(x, weight, bias)
-    h, states = x.new_zeros(*x.shape[:2], size), []
-    for t in range(x.shape[2]):
-        own, fed = inputs[:, :, t], torch.baddbmm(recurrent_bias[:, None], h, recurrent)
-        reset, update = torch.sigmoid(own[..., : 2 * size] + fed[..., : 2 * size]).chunk(2, -1)
-        candidate = torch.tanh(own[..., 2 * size :] + reset * fed[..., 2 * size :])
-        h = candidate + update * (h - candidate)
-        states.append(h)
-    return states
 
 
 def _gru_starts(inputs: int, size: int) -> list[Start]:

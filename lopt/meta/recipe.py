@@ -207,7 +207,8 @@ def noisy_mixes() -> list[list[Task]]:
 
 
 def hard_mixes() -> list[list[Task]]:
-    """The noisy ones and a mix of what is hard to train: deep narrow networks, long recurrences, few samples."""
+    """The noisy ones and three of what is hard to train: deep narrow networks, recurrences with and without gates, few
+    samples, normalisation, more data than parameters."""
     relu, tanh = torch.relu, torch.tanh
     return [
         *noisy_mixes(),
@@ -218,6 +219,21 @@ def hard_mixes() -> list[list[Task]]:
             nets.MLP((16, 16), relu, features=10, outputs=1, regression=True, samples=48, batch=16, noise=0.3),
             nets.Conv((4, 4, 4), norm=False, batch=8),
             nets.Linear(12, 8, samples=96, batch=16),
+        ],
+        [
+            nets.GRU(6, 5, 7, outputs=6, batch=24),
+            nets.GRU(8, 4, 5, outputs=3, batch=16, noise=0.1),
+            nets.Language(10, 8, 7, batch=12),
+            nets.Language(6, 5, 5, batch=24),
+            nets.MLP((10,) * 8, relu, features=12, outputs=5, batch=24),
+            nets.MLP((16,), tanh, features=10, outputs=1, regression=True, samples=96, batch=24, noise=0.6),
+        ],
+        [
+            nets.Conv((5, 5, 5, 5), 6, outputs=5, batch=12),
+            nets.Linear(32, 10, samples=384),
+            nets.Autoencoder((12, 4, 12), relu, features=20, samples=256),
+            nets.MLP((20, 12), relu, features=20, outputs=8, samples=384, batch=24),
+            nets.MLP((10,) * 3, relu, nets.batch_norm, residual=True, features=10, outputs=6, batch=16),
         ],
     ]
 
@@ -275,21 +291,21 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-1`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-2`.
 REFINE = Recipe(
     config=SHIPPED_CONFIG,
-    minutes=40,
-    validate_every=100,
+    minutes=60,
+    validate_every=150,
     stages=(
         Stage(
             "refine",
-            1200,
+            2400,
             hard_mixes,
             "pes",
             rows=64,
             reuse=20,
             unroll=Draw(30),
-            episode=Draw(100, 2000),
+            episode=Draw(200, 3000),
             lr=4e-4,
             warmup=20,
             final_lr=0.05,

@@ -86,15 +86,6 @@ def test_features_are_standardised_by_the_training_part():
     assert data.x[data.train :].mean().abs() > 1e-4
 
 
-def test_gru_is_torchs():
-    torch.manual_seed(0)
-    theirs = torch.nn.GRU(8, 5, batch_first=True)
-    x = torch.randn(3, 7, 8)
-    params = [theirs.weight_ih_l0.T, theirs.bias_ih_l0, theirs.weight_hh_l0.T, theirs.bias_hh_l0]
-    ours = torch.stack(tasks.gru(x[None], [param[None] for param in params]), 2)
-    torch.testing.assert_close(ours[0], theirs(x)[0])
-
-
 def test_convolution_is_torchs():
     x, kernel = torch.randn(1, 4, 8, 8, 3), torch.randn(5, 3, 3, 3)
     ours = tasks.convolve(x, kernel.permute(2, 3, 1, 0).reshape(1, 27, 5))

@@ -107,6 +107,8 @@ NETWORKS = [
     networks.Attention(),
     networks.Recurrent(),
     networks.NextToken(),
+    networks.GRU(noise=0.1),
+    networks.Language(),
 ]
 
 
@@ -136,6 +138,15 @@ def test_batch_norm_and_convolution_equal_those_of_torch():
         maps = torch.nn.functional.conv2d(x[copy].permute(0, 3, 1, 2), kernel[copy].permute(3, 2, 0, 1), padding=1)
         expected = torch.nn.functional.batch_norm(maps, None, None, scale[copy], shift[copy], training=True)
         torch.testing.assert_close(ours[copy], expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_gru_is_torchs():
+    torch.manual_seed(0)
+    theirs = torch.nn.GRU(8, 5, batch_first=True)
+    x = torch.randn(3, 7, 8)
+    params = [theirs.weight_ih_l0.T, theirs.bias_ih_l0, theirs.weight_hh_l0.T, theirs.bias_hh_l0]
+    ours = torch.stack(networks.gru(x[None], [param[None] for param in params]), 2)
+    torch.testing.assert_close(ours[0], theirs(x)[0])
 
 
 def test_minibatches_go_through_the_data_set_in_new_orders():

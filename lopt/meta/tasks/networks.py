@@ -120,7 +120,7 @@ class Network(Batches):
         if self.regression:
             return (output - data["y"]).square().mean((-2, -1))
         chosen = torch.log_softmax(output, -1).gather(-1, data["y"][..., None])
-        return -chosen.mean((-2, -1))
+        return -chosen.flatten(1).mean(1)
 
 
 class Linear(Network):
@@ -388,3 +388,80 @@ class NextToken(Tokens):
     def output(self, params: Params, x: Tensor) -> Tensor:
         embeddings, weight, bias, out, out_bias = params
         return affine(torch.relu(affine(self.embed(embeddings, x).flatten(2), weight, bias)), out, out_bias)
+
+
+def gru(x: Tensor, params: Params) -> list[Tensor]:
+    """Hidden states [count, m, size] after each of the inputs [count, m, length, in]; torch.nn.GRU's equations.
+
+    params: [count, in, 3 size], [count, 3 size], [count, size, 3 size], [count, 3 size].
+    """
+    weight, bias, recurrent, recurrent_bias = params
+    size = recurrent.shape[1]
+    inputs = affine(x, weight, bias)
+    h, states = x.new_zeros(*x.shape[:2], size), []
+    for t in range(x.shape[2]):
+        own, fed = inputs[:, :, t], torch.baddbmm(recurrent_bias[:, None], h, recurrent)
+        reset, update = torch.sigmoid(own[..., : 2 * size] + fed[..., : 2 * size]).chunk(2, -1)
+        candidate = torch.tanh(own[..., 2 * size :] + reset * fed[..., 2 * size :])
+        h = candidate + update * (h - candidate)
+        states.append(h)
+    return states
+
+
+class GRU(Network):
+    """Reads a sample in parts, one behind the other; a linear classifier of the last state.
+
+    Args:
+        length: parts of a sample. part: entries of each.
+        size: of the hidden state.
+        **options: of `Network`.
+    """
+
+    def __init__(
+        self,
+        length: int = 6,
+        part: int = 4,
+        size: int = 8,
+        *,
+        outputs: int = 4,
+        samples: int = 192,
+        batch: int = 32,
+        noise: float = 0.0,
+    ) -> None:
+        self.length, self.part, self.size = length, part, size
+        super().__init__(length * part, outputs, samples=samples, batch=batch, noise=noise)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        d = self.size
+        return [(self.part, 3 * d), (3 * d,), (d, 3 * d), (3 * d,), (d, self.outputs), (self.outputs,)]
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        return affine(gru(x.unflatten(-1, (self.length, self.part)), params[:4])[-1], *params[4:])
+
+
+class Language(Tokens):
+    """A GRU that predicts every next token of sequences in which two tokens decide on the one behind them."""
+
+    def __init__(
+        self, vocabulary: int = 8, length: int = 8, width: int = 6, *, batch: int = 16, samples: int = 192
+    ) -> None:
+        super().__init__(vocabulary, length, width, outputs=vocabulary, samples=samples, batch=batch)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        d = self.width
+        return [(self.vocabulary, d), (d, 3 * d), (3 * d,), (d, 3 * d), (3 * d,), (d, self.outputs), (self.outputs,)]
+
+    def instance(self, count: int, random: Random) -> Data:
+        last, before = (2 * random.normal(count, self.vocabulary, self.vocabulary) for _ in range(2))
+        tokens = [random.integers(count, self.samples, high=self.vocabulary) for _ in range(2)]
+        copies = torch.arange(count, device=random.device)[:, None]
+        for _ in range(self.length - 1):
+            shares = torch.softmax(last[copies, tokens[-1]] + before[copies, tokens[-2]], -1).cumsum(-1)
+            drawn = (shares < random.uniform(count, self.samples, 1)).sum(-1)
+            tokens.append(drawn.clamp(max=self.vocabulary - 1))
+        text = torch.stack(tokens, -1)
+        return {"x": text[..., :-1], "y": text[..., 1:]}
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        states = gru(self.embed(params[0], x), params[1:5])
+        return affine(torch.stack(states, 2), *params[5:])

@@ -23,8 +23,10 @@ TEACHER_LAYERS, TEACHER_WIDTH = 6, 20
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[count, m, in], [count, in, out], [count, out] -> [count, m, out]."""
-    return x @ weight if bias is None else torch.baddbmm(bias[:, None], x, weight)
+    """[count, .., in], [count, in, out], [count, out] -> [count, .., out]."""
+    flat = x.flatten(1, -2)
+    y = flat @ weight if bias is None else torch.baddbmm(bias[:, None], flat, weight)
+    return y.view(*x.shape[:-1], -1)
 
 
 class Linear(Task):
