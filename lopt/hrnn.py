@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt import backends, distributed
+from lopt.backends.addresses import are
 from lopt.backends.reference import sums_columns
 from lopt.config import GRADIENT_LIMIT, HRNNConfig
 from lopt.distributed import Shards, real, within_limit
@@ -49,6 +50,15 @@ OPTIONS = {
 }  # of a parameter group, with their defaults
 
 Group = dict[str, Any]
+
+
+class _Listed(NamedTuple):
+    """The tensors that take part in a step, gradients left out; the next step has the same, as a rule."""
+
+    tensors: list[Tensor]  # of each parameter: itself and its state, one behind the other
+    columns: dict[str, tuple[Tensor, ...]]  # the same by kind, T each
+    sizes: list[int]  # T
+    devices: list[torch.device]  # T
 
 
 class _Plan(NamedTuple):
@@ -173,8 +183,9 @@ class HRNN(Optimizer):
     def _prepare(self) -> None:
         """Set what follows from the meta-parameters and is not saved."""
         names = [row.name for row in rows(self.config)]
-        self._columns = ("param", "grad", *names)  # what `_init_group` lists of each tensor
+        self._columns = ("param", *names)  # what `_init_group` lists of each tensor beside its gradient
         self._read_state = operator.itemgetter(*names)
+        self._listed: _Listed | None = None
         self._plans: dict[torch.device, _Plan] = {}
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
 
@@ -359,50 +370,65 @@ class HRNN(Optimizer):
             )
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by GradScaler
         tensors: list[Tensor] = []
+        grads: list[Tensor] = []
         groups: list[Group] = []
-        has_complex, width, shards = False, len(self._columns), None
+        has_complex, shards = False, None
         if self._sharded is None:
             self._sharded = distributed.any_sharded([param for group in self.param_groups for param in group["params"]])
         if self._sharded:
             shards = self._agree(found_inf, grad_scale)
-            groups = self._init_shards(shards, tensors)
+            groups = self._init_shards(shards, tensors, grads)
             shards, found_inf = shards.nonempty(), shards.skip
         else:
             if self.nonfinite == "raise" and found_inf is None:
                 self._raise_nonfinite()
             for group in self.param_groups:
-                before = len(tensors)
-                has_complex |= self._init_group(group, tensors)
-                groups += [group] * ((len(tensors) - before) // width)
+                before = len(grads)
+                has_complex |= self._init_group(group, tensors, grads)
+                groups += [group] * (len(grads) - before)
         if not groups:
             return loss
-        columns = {name: tensors[index::width] for index, name in enumerate(self._columns)}
+        listed = self._list(tensors)
+        columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
-            columns |= {name: [real(tensor) for tensor in columns[name]] for name in ("param", "grad")}
-        devices = [param.device for param in columns["param"]]
+            columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
         if devices.count(devices[0]) == len(devices):
-            skip = self._step_device(devices[0], columns, groups, found_inf, grad_scale, shards)
+            skip = self._step_device(devices[0], columns, listed.sizes, groups, found_inf, grad_scale, shards)
         else:
             # One device's overflow must hold back the others before any of them has moved.
             overflows = [~within_limit(grad, grad_scale).to(devices[0]) for grad in columns["grad"]]
             skip = torch.stack(overflows).any().float() + (0 if found_inf is None else found_inf.to(devices[0]))
             for device in dict.fromkeys(devices):
                 here = [index for index, other in enumerate(devices) if other == device]
-                own = {name: [column[index] for index in here] for name, column in columns.items()}
+                own = {name: tuple(column[index] for index in here) for name, column in columns.items()}
                 own_shards = None if shards is None else shards.take(here)
-                self._step_device(device, own, [groups[index] for index in here], skip, grad_scale, own_shards)
+                sizes, own_groups = [listed.sizes[index] for index in here], [groups[index] for index in here]
+                self._step_device(device, own, sizes, own_groups, skip, grad_scale, own_shards)
         # On the CPU a look costs less than an addition.
         if not skip.is_cpu or torch.compiler.is_compiling() or skip:
             self._skipped = self._skipped.to(skip.device).add_(skip.sign())
         return loss
 
-    def _init_group(self, group: Group, tensors: list[Tensor]) -> bool:
+    def _list(self, tensors: list[Tensor]) -> _Listed:
+        """What `_init_group` has listed, by kind; the same objects as in the last step if that had the same tensors."""
+        listed, compiling = self._listed, torch.compiler.is_compiling()
+        if listed is None or compiling or not are(tensors, listed.tensors):
+            width, params = len(self._columns), tensors[:: len(self._columns)]
+            columns = {name: tuple(tensors[index::width]) for index, name in enumerate(self._columns)}
+            listed = _Listed(
+                tensors, columns, [real(param).numel() for param in params], [param.device for param in params]
+            )
+            self._listed = None if compiling else listed
+        return listed
+
+    def _init_group(self, group: Group, tensors: list[Tensor], grads: list[Tensor]) -> bool:
         """List the tensors of a group that take part in a step, making their state at the first sight of them.
 
         Args:
             group: a parameter group.
             tensors: extended by `_columns` of each parameter with a gradient and at least one value, one behind the
                 other: a flat list of tensors is what torch.compile hands on.
+            grads: extended by the gradients.
 
         Returns:
             Whether a parameter is complex.
@@ -423,7 +449,8 @@ class HRNN(Optimizer):
             if hidden.stride() != (numel, *param.stride()) or hidden.device != param.device:
                 has_complex |= param.is_complex()
                 self._fit_state(real(param), state)
-            tensors += (param, grad, *read_state(state))
+            tensors += (param, *read_state(state))
+            grads.append(grad)
         return has_complex
 
     def _init_state(self, param: Tensor, state: dict[str, Tensor], init_lr: float) -> None:
@@ -470,7 +497,7 @@ class HRNN(Optimizer):
             )
         return shards
 
-    def _init_shards(self, shards: Shards, tensors: list[Tensor]) -> list[Group]:
+    def _init_shards(self, shards: Shards, tensors: list[Tensor], grads: list[Tensor]) -> list[Group]:
         """List the local shards of the tensors of a step as `_init_group` does; returns the group of each."""
         group_of = {param: group for group in self.param_groups for param in group["params"]}
         kinds = {row.name: row for row in rows(self.config, "parameter")}
@@ -495,21 +522,22 @@ class HRNN(Optimizer):
                     shape = (1,) if size is None else (size, 1)
                     held[name] = torch.zeros(shape, dtype=kinds[name].dtype(self.state_format), device=shard.device)
                 shard, grad = shard.new_zeros(1), grad.new_zeros(1)
-            tensors += (shard, grad, *self._read_state(held))
+            tensors += (shard, *self._read_state(held))
+            grads.append(grad)
             groups.append(group_of[param])
         return groups
 
     def _step_device(
         self,
         device: torch.device,
-        columns: dict[str, list[Tensor]],
+        columns: dict[str, tuple[Tensor, ...]],
+        sizes: list[int],
         groups: list[Group],
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
         shards: Shards | None,
     ) -> Tensor:
         """The three stages, for all tensors of one device at once; returns [] other than 0 if nothing was changed."""
-        sizes = [param.numel() for param in columns["param"]]
         numel = sizes if shards is None else shards.numel
         plan = self._plans.get(device)
         if plan is None or plan.sizes != sizes:
@@ -521,7 +549,7 @@ class HRNN(Optimizer):
             skip.copy_(found_inf.reshape(()))
         if grad_scale is not None:
             grad_scale = grad_scale.to(device=device, dtype=torch.float32).reshape(())
-        tensor_hidden, log_lr_mean = columns.get("tensor_hidden", []), columns.get("log_lr_mean", [])
+        tensor_hidden, log_lr_mean = columns.get("tensor_hidden", ()), columns.get("log_lr_mean", ())
         global_hidden = columns["global_hidden"][0] if "global_hidden" in columns else skip.new_empty(0)
         backend.advance(
             meta,
@@ -529,7 +557,7 @@ class HRNN(Optimizer):
             columns["hidden"],
             columns["accum"],
             columns["ms"],
-            columns.get("log_lr", []),
+            columns.get("log_lr", ()),
             step,
             tensor_hidden,
             global_hidden,
@@ -550,7 +578,7 @@ class HRNN(Optimizer):
         backend.apply(
             meta,
             columns["param"],
-            columns.get("true_param", []),
+            columns.get("true_param", ()),
             plan.update,
             plan.attention_update,
             plan.scale,

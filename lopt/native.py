@@ -27,7 +27,7 @@ def load() -> ModuleType:
     """
     if reason := absent():
         raise ImportError(reason)
-    return importlib.import_module("lopt._C")
+    return sys.modules["lopt._C"]
 
 
 def runnable() -> list[str]:

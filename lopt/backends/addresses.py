@@ -16,7 +16,7 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def are(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+def are(left: Sequence[object], right: Sequence[object]) -> bool:
     """Whether two lists hold the same objects."""
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
@@ -25,13 +25,16 @@ class Followed:
     """Which tensors columns of addresses were read of; they are the optimizer's own, so they do not move."""
 
     def __init__(self) -> None:
-        self._columns: dict[int, list[Tensor]] = {}
+        self._columns: dict[int, tuple[Tensor, ...]] = {}
 
     def changed(self, columns: dict[int, Sequence[Tensor]]) -> dict[int, list[int]]:
-        """Addresses for the columns that other tensors have come into."""
+        """Addresses for the columns that other tensors have come into. A tuple that was given before costs nothing."""
         changed = {}
         for index, tensors in columns.items():
-            if not are(tensors, self._columns.get(index, [])):
-                self._columns[index] = list(tensors)
+            known = self._columns.get(index)
+            if tensors is known:
+                continue
+            if known is None or not are(tensors, known):
                 changed[index] = addresses(tensors)
+            self._columns[index] = tuple(tensors)
         return changed

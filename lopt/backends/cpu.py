@@ -99,19 +99,25 @@ class _Kept:
 
     def __init__(self, _: Tensor) -> None:
         self._followed = Followed()
-        self._addresses: dict[int, list[int]] = {}
+        self._lists: Sequence[Sequence[Tensor]] = ()  # of the last step, if they are tuples
+        self._addresses: list[list[int]] = [[]]
         self.sizes: list[int] = []  # of the tensors of the last list
         self.strides: list[tuple[int, ...]] = []  # of the tensors of the last list
         self.dense: list[tuple[int, ...]] = []  # strides of parameters that were all found to have no gaps
 
     def __call__(self, *lists: Sequence[Tensor]) -> list[list[int]]:
-        if self._addresses and addresses(lists[0]) != self._addresses[0]:
+        stayed = addresses(lists[0]) == self._addresses[0]
+        if stayed and are(lists, self._lists):
+            return self._addresses
+        if not stayed:
             self._followed = Followed()
         if changed := self._followed.changed(dict(enumerate(lists))):
-            self._addresses |= changed
+            known = dict(enumerate(self._addresses)) | changed
+            self._addresses = [known.get(index, []) for index in range(len(lists))]
             self.sizes = list(map(Tensor.numel, lists[-1]))
             self.strides = [tensor.stride() for tensor in lists[-1]]
-        return [self._addresses.get(index, []) for index in range(len(lists))]
+        self._lists = lists if all(isinstance(tensors, tuple) for tensors in lists) else ()
+        return self._addresses
 
 
 _advanced, _summarised, _applied = _Memo(_Kept), _Memo(_Kept), _Memo(_Kept)  # of a stage's buffer
