@@ -530,6 +530,28 @@ def test_a_parameter_may_take_part_in_some_steps_only(place):
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 6, 6]
 
 
+def test_a_step_reads_the_tensors_that_are_there_now(place):
+    params, others = place.params(), place.params()
+    optimizer = place.hrnn(params)
+    for step in range(5):
+        give_gradients(params, step)
+        give_gradients(others, step)
+        fresh = place.hrnn(others)  # knows of no step before
+        if step:
+            fresh.load_state_dict(optimizer.state_dict())
+        if step == 2:  # state that someone put in the place of what was there
+            for name in ("hidden", "ms", "tensor_hidden"):
+                optimizer.state[params[0]][name] = optimizer.state[params[0]][name] * 0.5
+                fresh.state[others[0]][name] *= 0.5
+        if step == 3:  # the same parameter, elsewhere in memory
+            params[1].data = params[1].data.clone()
+        if step == 4:
+            params[3].grad = others[3].grad = None
+        optimizer.step()
+        fresh.step()
+        assert_same(content(optimizer), content(fresh))
+
+
 # Shapes, strides, dtypes
 
 
