@@ -6,13 +6,8 @@ Needs huggingface_hub, which `pip install "lopt[huggingface]"` brings, for anyth
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lopt.metaparams import MetaParams
+from typing import Any
 
 FILE = "metaparams.safetensors"
 TIMEOUT = 10.0  # seconds until a hub that does not answer counts as out of reach
@@ -56,17 +51,8 @@ def find(name: str | os.PathLike[str], *, file: str, revision: str | None, token
             raise _unreachable(repository, error) from error
 
 
-def push(
-    meta: MetaParams,
-    repository: str,
-    *,
-    file: str,
-    private: bool,
-    token: str | bool | None,
-    message: str,
-    card: Mapping[str, str] | None,
-) -> str:
-    """Upload meta-parameters to a repository, made if there is none. Returns the address of the commit.
+def push(path: Path, repository: str, *, file: str, private: bool, token: str | bool | None, message: str) -> str:
+    """Upload a file of meta-parameters to a repository, made if there is none. Returns the address of the commit.
 
     Raises:
         ConnectionError: the hub cannot be reached, or refuses: the message says why. Nothing was uploaded.
@@ -75,18 +61,13 @@ def push(
     """
     hub, errors = _hub()
     api = hub.HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / FILE
-        meta.save(path, card=card)
-        try:
-            api.create_repo(repository, private=private, exist_ok=True)
-            commit = api.upload_file(
-                path_or_fileobj=path, path_in_repo=file, repo_id=repository, commit_message=message
-            )
-        except errors.HFValidationError as error:
-            raise ValueError(f"{repository!r} is not the name of a repository: {error}") from None
-        except Exception as error:  # of requests or httpx, by version of huggingface_hub
-            raise _unreachable(repository, error) from error
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_file(path_or_fileobj=path, path_in_repo=file, repo_id=repository, commit_message=message)
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repository!r} is not the name of a repository: {error}") from None
+    except Exception as error:  # of requests or httpx, by version of huggingface_hub
+        raise _unreachable(repository, error) from error
     return str(commit.commit_url)
 
 

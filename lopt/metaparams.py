@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,10 @@ class MetaParams(Mapping[str, Tensor]):
             ConnectionError: the hub cannot be reached, or refuses; nothing was uploaded.
             ImportError, ValueError: as for `from_pretrained`.
         """
-        return hub.push(self, name, file=file, private=private, token=token, message=message, card=card)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / hub.FILE
+            self.save(path, card=card)
+            return hub.push(path, name, file=file, private=private, token=token, message=message)
 
     @staticmethod
     def shipped() -> dict[str, Path]:

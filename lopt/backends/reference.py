@@ -167,7 +167,7 @@ def _level_init(meta: Meta, level: int, shape: tuple[int, ...]) -> Tensor:
     return (init[..., None, :] if level == 1 else init).expand(shape)
 
 
-def _affine(meta: Meta, name: str, rows: Tensor) -> Tensor:
+def affine(meta: Meta, name: str, rows: Tensor) -> Tensor:
     """[*B, m, in] -> [*B, m, out]."""
     return rows @ meta[f"{name}.weight"] + meta[f"{name}.bias"][..., None, :]
 
@@ -177,7 +177,7 @@ def _dot(weight: Tensor, columns: Tensor) -> Tensor:
     return (weight[..., None, :] @ columns)[..., 0, :]
 
 
-def _gru(meta: Meta, name: str, x: Tensor, h: Tensor, injected: Tensor | None, *, columns: bool) -> Tensor:
+def gru(meta: Meta, name: str, x: Tensor, h: Tensor, injected: Tensor | None, *, columns: bool) -> Tensor:
     """GRU whose reset gate multiplies the state before the matrix product; the update gate keeps the old state.
 
     Args:
@@ -186,17 +186,17 @@ def _gru(meta: Meta, name: str, x: Tensor, h: Tensor, injected: Tensor | None, *
     """
     axis = -2 if columns else -1
 
-    def affine(part: str, inputs: Tensor) -> Tensor:
+    def product(part: str, inputs: Tensor) -> Tensor:
         if columns:
             return meta[f"{name}.{part}.weight"].mT @ inputs + meta[f"{name}.{part}.bias"][..., None]
-        return _affine(meta, f"{name}.{part}", inputs)
+        return affine(meta, f"{name}.{part}", inputs)
 
-    gates = affine("gates", torch.cat([x, h], axis))
+    gates = product("gates", torch.cat([x, h], axis))
     size = h.shape[axis]
     if injected is not None:
         gates = gates + injected.narrow(axis, 0, 2 * size)
     reset, update = torch.sigmoid(gates).chunk(2, axis)
-    candidate = affine("candidate", torch.cat([x, reset * h], axis))
+    candidate = product("candidate", torch.cat([x, reset * h], axis))
     if injected is not None:
         candidate = candidate + injected.narrow(axis, 2 * size, size)
     return update * h + (1 - update) * torch.tanh(candidate)
@@ -225,9 +225,9 @@ def injected_bias(meta: Meta, tensor_hidden: Tensor | None, global_hidden: Tenso
     """What the tensor and global states add to each tensor's parameter GRU: [*B, T, 3*H0], or None with one level."""
     if tensor_hidden is None:
         return None
-    injected = _affine(meta, "level0.from_level1", tensor_hidden)
+    injected = affine(meta, "level0.from_level1", tensor_hidden)
     if global_hidden is not None:
-        injected = injected + _affine(meta, "level0.from_level2", global_hidden[..., None, :])
+        injected = injected + affine(meta, "level0.from_level2", global_hidden[..., None, :])
     return injected
 
 
@@ -333,7 +333,7 @@ def advance_flat(
     relative_to = mean_log_lr(config, state.log_lr_mean, numel) if state.log_lr_mean is not None else None
     x = features(config, segments, scaled, ms, state.log_lr, relative_to)
     injected = injected_bias(meta, state.tensor_hidden, state.global_hidden)
-    hidden = _gru(
+    hidden = gru(
         meta, "level0", x, state.hidden, injected if injected is None else segments.expand(injected.mT), columns=True
     )
 
@@ -389,13 +389,13 @@ def summarise_flat(
     if tensor_hidden is not None:
         injected = None
         if global_hidden is not None:
-            injected = _affine(meta, "level1.from_level2", global_hidden[..., None, :])
+            injected = affine(meta, "level1.from_level2", global_hidden[..., None, :])
         inputs = means[..., : config.tensor_input_size]
-        tensor_hidden = _gru(meta, "level1", inputs, tensor_hidden, injected, columns=False)
+        tensor_hidden = gru(meta, "level1", inputs, tensor_hidden, injected, columns=False)
     if global_hidden is not None:
         assert tensor_hidden is not None
         inputs = tensor_hidden.mean(-2) if config.global_input == "mean" else tensor_hidden[..., -1, :]
-        global_hidden = _gru(meta, "level2", inputs[..., None, :], global_hidden[..., None, :], None, columns=False)[
+        global_hidden = gru(meta, "level2", inputs[..., None, :], global_hidden[..., None, :], None, columns=False)[
             ..., 0, :
         ]
     directions = [columns.direction] + ([columns.attention] if columns.attention is not None else [])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
-from lopt.backends.reference import Advanced, FlatState, Segments, _affine, _gru, sums_columns
+from lopt.backends.reference import Advanced, FlatState, Segments, affine, gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.meta.tasks.base import Data, Random, Task
 from lopt.train.group import ALONE, Group
@@ -201,8 +201,8 @@ class Mix:
         new = self.advance(joined, self._advance_config, self.segments, grad, view)
         means = new.sums / self._numel.to(new.sums.dtype)[:, None]
         if tensor_hidden is not None:
-            injected = None if spread is None else _affine(meta, "level1.from_level2", spread)
-            tensor_hidden = _gru(
+            injected = None if spread is None else affine(meta, "level1.from_level2", spread)
+            tensor_hidden = gru(
                 meta, "level1", means[..., : config.tensor_input_size], tensor_hidden, injected, columns=False
             )
             if global_hidden is not None:
@@ -211,7 +211,7 @@ class Mix:
                     if config.global_input == "mean"
                     else tensor_hidden[..., self._last, :]
                 )
-                global_hidden = _gru(meta, "level2", inputs, global_hidden, None, columns=False)
+                global_hidden = gru(meta, "level2", inputs, global_hidden, None, columns=False)
         moved = theta - self._factor(means[..., columns.direction]) * new.update
         attended = moved
         if new.attention_update is not None:
