@@ -36,6 +36,8 @@ def validation_tasks() -> dict[str, Task]:
         "conv_bn": nets.Conv((8, 8), 6, samples=192, batch=16),
         "attention": nets.Attention(10, 6, 10, outputs=5, samples=384),
         "recurrent": nets.Recurrent(8, 8, 16, outputs=4, samples=384),
+        "gru": nets.GRU(8, 8, 12, outputs=8, samples=384),
+        "language": nets.Language(14, 12, 10, batch=16, samples=384),
         "autoencoder": nets.Autoencoder((12, 4, 12), gelu, features=20, samples=384),
         "regression": nets.MLP((24, 24), tanh, features=10, outputs=2, regression=True, samples=384),
     }
