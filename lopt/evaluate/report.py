@@ -305,6 +305,7 @@ def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -
                     [
                         f"{what} {value:g}" if value is not None else what,
                         _ratio(intervals["final"]),
+                        _ratio(intervals["area"]),
                         _ratio(intervals.get("test")),
                         f"{100 * statistics.share_not_worse(values):.0f} %",
                         f"{math.exp(values.mean(-1).max()):.3g} ({worst})",
@@ -314,7 +315,7 @@ def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -
                 if value is not None:
                     shown.setdefault(what, {}).setdefault(name, []).append((value, intervals["final"]))
         if rows:
-            head = [name, "final training loss", "test loss", "<= tuned Adam", "worst task", "diverged"]
+            head = [name, "final training loss", "all steps", "test loss", "<= tuned Adam", "worst task", "diverged"]
             lines += [*_markdown(head, rows), ""]
     if not shown:
         return ""
