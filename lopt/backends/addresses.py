@@ -31,10 +31,10 @@ class Followed:
         """Addresses for the columns that other tensors have come into. A tuple that was given before costs nothing."""
         changed = {}
         for index, tensors in columns.items():
-            known = self._columns.get(index)
+            known = self._columns.get(index, ())
             if tensors is known:
                 continue
-            if known is None or not are(tensors, known):
+            if not are(tensors, known):
                 changed[index] = addresses(tensors)
             self._columns[index] = tuple(tensors)
         return changed
