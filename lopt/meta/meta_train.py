@@ -4,7 +4,7 @@
     metrics.csv         one row per `ROW_EVERY` meta-steps and per validation
     curves.png          drawn from it
     checkpoint.pt       everything needed to go on, bit for bit on a CPU
-    meta.safetensors    the meta-parameters, ready for `lopt.HRNN(params, meta=...)`
+    meta.safetensors    the meta-parameters, averaged where the recipe says so, ready for `lopt.HRNN(params, meta=...)`
     best.safetensors    those with the best validation score
     tensorboard/        the same rows, where `tensorboard` is installed
 
@@ -56,7 +56,7 @@ COLUMNS = (
 ROW_EVERY = 10
 CHECKPOINT_SECONDS = 60
 VALID_STEPS = 500
-
+CHANGING = ("flat", "average", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best")
 
 SCALARS = {  # tag -> column
     "meta-training/meta_loss": "meta_loss",
@@ -150,7 +150,7 @@ class MetaTraining:
 
     @property
     def meta(self) -> MetaParams:
-        """The meta-parameters as they are."""
+        """The meta-parameters that are being trained."""
         return MetaParams.from_flat(self.recipe.config, self.flat)
 
     @property
@@ -158,8 +158,14 @@ class MetaTraining:
         """Whether the last stage is done."""
         return self.stage == len(self.recipe.stages)
 
+    @property
+    def result(self) -> MetaParams:
+        """What the run has come to: their moving average, as soon as there is one."""
+        return self.meta if self.average is None else MetaParams.from_flat(self.recipe.config, self.average)
+
     def _begin_stage(self) -> None:
         self.worlds: dict[int, World] = {}
+        self.average: Tensor | None = None
         if self.finished:
             return
         stage = self._current
@@ -215,6 +221,8 @@ class MetaTraining:
             self.flat = self.optimizer.step(self.flat, estimate.grad, stage.lr_at(self.step))
         self.step += 1
         self.done += 1
+        if stage.average and 2 * self.step > stage.meta_steps:
+            self.average = self.flat if self.average is None else torch.lerp(self.flat, self.average, stage.average)
         self.pending.append((estimate.loss, estimate.grad.norm().item(), steps * stage.rows * len(world.mix)))
         taken = time.perf_counter() - begin
         self.seconds += taken
@@ -224,6 +232,7 @@ class MetaTraining:
         if validated or self.done % ROW_EVERY == 0:
             self._row(stage, lr, self._validated() if validated else None)
         if self.step == stage.meta_steps:
+            self.flat = self.result.flat()
             self.stage, self.step = self.stage + 1, 0
             self._begin_stage()
         return estimate
@@ -249,15 +258,14 @@ class MetaTraining:
         return self.group.from_first(self._validate() if self.group.rank == 0 else None)
 
     def _validate(self) -> tuple[float, float]:
-        result = validate.scores(validate.learned(self.meta, list(validate.validation_tasks().values()), VALID_STEPS))
+        result = validate.scores(validate.learned(self.result, list(validate.validation_tasks().values()), VALID_STEPS))
         return result.final.mean().item(), result.area.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes; complete at process 0 of the group, all of which have to call."""
-        names = ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best")
         own = {mix: world.state_dict() for mix, world in self.worlds.items()}
         worlds, *others = self.group.to_first(own) or [own]
-        return {name: getattr(self, name) for name in names} | {
+        return {name: getattr(self, name) for name in CHANGING} | {
             "generator": self.generator.get_state(),
             "worlds": worlds,
             "worlds_of_others": others,
@@ -279,10 +287,11 @@ class MetaTraining:
         saved = {**saved, "worlds": parts[self.group.rank]}
         saved = dict(_moved(saved, self.device))
         worlds, optimizer = (saved.pop(name) for name in ("worlds", "optimizer"))
-        for name in ("flat", "stage", "step", "done", "seconds", "rows", "pending", "pending_seconds", "best"):
+        self.stage = saved["stage"]
+        self._begin_stage()
+        for name in CHANGING:
             setattr(self, name, saved[name])
         self.pending = [(loss, norm, count) for loss, norm, count in self.pending]
-        self._begin_stage()
         for mix, state in worlds.items():
             self.worlds[mix] = self._make_world(mix)
             self.worlds[mix].load_state_dict(state)
@@ -343,7 +352,7 @@ class MetaTraining:
         score = self.rows[-1][COLUMNS.index("valid_final")]
         if score != "" and score < self.best:
             self.best = score
-            self.meta.save(folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)})
+            self.result.save(folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)})
 
     def save(self, folder: Path) -> None:
         """Write checkpoint, metrics, meta-parameters and curves, each atomically, at process 0; all have to call."""
@@ -354,7 +363,7 @@ class MetaTraining:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([COLUMNS, *self.rows])
         checkpoint.write_atomic(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
-        self.meta.save(folder / "meta.safetensors", card={"meta_step": str(self.done)})
+        self.result.save(folder / "meta.safetensors", card={"meta_step": str(self.done)})
         if self.rows:
             draw(folder / "curves.png", self.rows)
 

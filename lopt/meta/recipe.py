@@ -43,6 +43,8 @@ class Stage:
         warmup: meta-steps over which lr grows linearly. final_lr: share of lr at the end of a cosine; 1: constant.
         objective, augment, full_loss, clock: of the worlds.
         sigma, reuse: of the noise of pes and es.
+        average: decay of a moving average of the meta-parameters over the stage's second half, with which it ends; 0:
+            none. Evolution strategies are noisy, and good points lie between those they visit.
         sampled: take a new world of a random mix after this many episodes, instead of all mixes in turn.
     """
 
@@ -66,6 +68,7 @@ class Stage:
     second_order: bool = False
     sigma: float = 0.01
     reuse: int = 1
+    average: float = 0.0
     sampled: int = 0
 
     def lr_at(self, step: int) -> float:
@@ -309,6 +312,7 @@ REFINE = Recipe(
             lr=4e-4,
             warmup=20,
             final_lr=0.05,
+            average=0.99,
             objective=Objective(floor=1e-3, cap=2.0),
         ),
     ),

@@ -33,7 +33,9 @@ def tiny(**options: object) -> Recipe:
         CONFIG,
         (
             Stage("first", 6, estimator="bptt", warmup=2, **common),
-            Stage("second", 6, estimator="pes", reuse=2, final_lr=0.1, objective=Objective(cap=2.0), **common),
+            Stage(
+                "second", 6, estimator="pes", reuse=2, final_lr=0.1, average=0.5, objective=Objective(cap=2.0), **common
+            ),
             Stage("third", 3, estimator="bptt", optimizer="rmsprop", second_order=True, sampled=1, **common),
         ),
         minutes=1,
@@ -64,6 +66,20 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     # All but the time taken.
     assert [row[:5] + row[7:] for row in whole.rows] == [row[:5] + row[7:] for row in resumed.rows]
     assert not torch.equal(whole.flat, MetaTraining(tiny(), 1).flat)
+
+
+def test_a_stage_ends_with_the_average_over_its_second_half():
+    recipe = dataclasses.replace(tiny(), stages=tiny().stages[1:2])
+    plain = dataclasses.replace(recipe, stages=(dataclasses.replace(recipe.stages[0], average=0.0),))
+    averaged, trained, visited = MetaTraining(recipe, 0), MetaTraining(plain, 0), []
+    for step in range(6):
+        averaged.meta_step()
+        trained.meta_step()
+        visited.append(trained.flat)
+        if step < 5:
+            assert torch.equal(averaged.flat, trained.flat)  # the average takes no part in training
+    torch.testing.assert_close(averaged.result.flat(), 0.25 * visited[3] + 0.25 * visited[4] + 0.5 * visited[5])
+    assert torch.equal(averaged.result.flat(), averaged.flat)
 
 
 def recipes_checkpoint(folder: Path) -> dict:
