@@ -177,11 +177,15 @@ def cuda_rows(capability: int) -> list[list[object]]:
 
 
 def longest_loop(instructions: list[tuple[int, str, str]]) -> tuple[int, int]:
-    """First and last address of the backward branch that spans most; (0, -1) without one."""
-    longest = 0, -1
+    """First and last address of the backward branch that spans most; (0, -1) without one.
+
+    Behind the kernel's last instruction is code that is seldom run; a branch back from there closes no loop.
+    """
+    longest, exit_ = (0, -1), -1
     for address, name, rest in instructions:
+        exit_ = address if name == "EXIT" else exit_
         target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
-        if target and address - int(target[1], 16) > longest[1] - longest[0]:
+        if target and exit_ < int(target[1], 16) and address - int(target[1], 16) > longest[1] - longest[0]:
             longest = int(target[1], 16), address
     return longest
 

@@ -18,7 +18,7 @@ void run(Kernel kernel, int blocks, const Args& args) {
 template <class V, bool compact>
 void run_advance(const gpu::Advance& args) {
   using B = Block<kAdvanceThreads>;
-  run<AdvanceShared<V>, B::threads>(advance<V, compact, B>, args.chunk_count, args);
+  run<AdvanceShared<compact>, B::threads>(advance<V, compact, B>, args.chunk_count, args);
 }
 
 const char* launch_advance(const gpu::Advance& args, void*) {

@@ -19,7 +19,7 @@
 #include <cstddef>
 #include <type_traits>
 
-#include "gpu_math.h"
+#include "gpu_mma.h"
 #include "hrnn_compact.h"
 #include "hrnn_cuda.h"
 
@@ -51,6 +51,17 @@ struct Block {
     __syncthreads();
 #else
     for (int thread = 0; thread < threads; thread++) f(thread);
+#endif
+  }
+
+  // The same for the warps: f(warp), which all threads of the warp call together.
+  template <class Function>
+  LOPT_HD void each_warp(Function f) const {
+#ifdef __CUDA_ARCH__
+    f(Warp{int(threadIdx.x) / kLanes});
+    __syncthreads();
+#else
+    for (int warp = 0; warp < threads / kLanes; warp++) f(Warp{warp});
 #endif
   }
 };
@@ -309,12 +320,49 @@ LOPT_HD void prepare(const B& block, const gpu::Advance& args, PrepareShared& sh
 
 // ---------------------------------------------------------------- advance
 
-template <class V>
+// The GRU's products on tensor cores: inputs are rounded to float16, each weight is the sum of two float16. Both lie in shared
+// memory as 8 x 8 matrices, whose rows are parameters and columns of weights.
+constexpr int kInputs = kHidden + kFeatures;  // the last is followed by a 1, which the bias is the weight of
+constexpr int kSlots = 24;                    // inputs, 1, 0, 0
+constexpr int kMatrices = 2 * kSlots / 8;     // of eight columns of weights, in the order in which `multiply` reads them:
+enum Part { kHigh, kLow };                    // inputs 0 to 15 high, low, then inputs 16 to 23 high, low
+constexpr int kGateMatrices = 20;             // 18 of 24 columns; a multiple of the four that are read at once
+constexpr int kCandidateMatrices = 12;
+
+struct alignas(16) HalfWeights {
+  uint16_t matrix[kGateMatrices + kCandidateMatrices][8][8];
+  bool fit;  // all are float16 numbers, and so are hidden states
+};
+
+// What a warp shares: inputs of a product, its result a row per lane, and in the end sums.
+template <bool compact>
+struct alignas(128) WarpShared {
+  float sums[kSums][kLanes];
+};
+
+template <>
+struct alignas(128) WarpShared<true> {
+  union {
+    struct {
+      uint16_t inputs[kPack][kSlots / 8][kLanes][8];  // of each lane's p-th parameter
+      float outputs[kLanes * kSlots];
+    };
+    float sums[kSums][kLanes];
+  };
+
+  // Every other four rows are moved by four numbers, so that no two lanes meet in a bank, whether they have a row or a part of it.
+  LOPT_HD float* output(int row, int column) { return outputs + kSlots * row + 4 * (row / 4 % 2) + column; }
+};
+
+struct Nothing {};
+
+template <bool compact>
 struct AdvanceShared {
   Weights<float> weights;
   Injected<float> injected;
-  float sums[kSums][kAdvanceThreads];
-  float parts[kSums][4], totals[kSums];
+  std::conditional_t<compact, HalfWeights, Nothing> halves;
+  WarpShared<compact> warps[kAdvanceThreads / kLanes];
+  float parts[kSums][kAdvanceThreads / kLanes], totals[kSums];
   double rows[kAdvanceThreads / 8][gpu::kPartials];
   bool last;
 };
@@ -446,15 +494,121 @@ struct CompactIo : CommonIo<P> {
   }
 };
 
-template <class V, class I, int P, int threads>
-LOPT_HD void advance_tiles(const AdvanceShared<V>& shared, const Tensor& tensor, const Range& range, int thread, float (&sums)[kSums]) {
+struct Sums {
+  float value[kSums];
+};
+
+// Parameters of `range`, P to a thread.
+template <class V, class I, int P, int threads, class Shared>
+LOPT_HD void advance_each(const Shared& shared, const Tensor& tensor, const Range& range, int thread, Sums& sums) {
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
   for (int64_t at = range.begin + P * thread; at < range.end; at += P * threads) {
-    I io(tensor, at, sums);
+    I io(tensor, at, sums.value);
     Step<Pack<float, P>, V, I>(shared.weights, shared.injected, io).advance();
   }
+}
+
+// Fills `halves` from the weights and the tensor's bias.
+LOPT_HD void split_weights(AdvanceShared<true>& shared, float hidden_limit, int thread, int threads) {
+  if (!(hidden_limit <= kLargestHalf)) shared.halves.fit = false;  // all who write, write the same
+  for (int at = thread; at < (kGateMatrices + kCandidateMatrices) * 64; at += threads) {
+    const bool gate = at / 64 < kGateMatrices;
+    const int matrix = at / 64 - (gate ? 0 : kGateMatrices), part = matrix % kMatrices;
+    const int group = gate ? 0 : 2 * kGroups, column = matrix / kMatrices * 8 + at / 8 % 8;
+    const int slot = (part < 4 ? part % 2 : 2) * 8 + at % 8;
+    const Part precision = Part(part < 4 ? part / 2 : part % 2);
+    float value = 0;
+    if (column < (gate ? 2 * kHidden : kHidden)) {
+      const int input = gate ? slot : slot < kHidden ? slot + kFeatures : slot - kHidden;
+      if (slot < kInputs) value = shared.weights.gru[group + column / kColumns][input][column % kColumns];
+      if (slot == kInputs) value = shared.injected.bias[group + column / kColumns][column % kColumns];
+    }
+    if (!(fabsf(value) <= kLargestHalf)) shared.halves.fit = false;
+    const uint16_t rounded = to_f16(value);
+    shared.halves.matrix[at / 64][at / 8 % 8][at % 8] = precision == kHigh ? rounded : to_f16(value - from_f16(rounded));
+  }
+}
+
+// The products of `Step::multiply_gates` and of `Step::multiply_candidates` for the 32 P parameters of a warp. Of the inputs
+//   - hidden states are at most `hidden_limit`, with and without a reset gate;
+//   - scaled averages are at most 43, since `Math::asinh` is bounded, and products of two 1,849;
+//   - log mean squares and log lr may be anything, and are bounded here.
+template <bool candidates, int P, class S>
+LOPT_HD void multiply(const Warp& warp, AdvanceShared<true>& shared, PerLane<S>& step) {
+  constexpr int first = candidates ? 2 * kHidden : 0, columns = candidates ? kHidden : 2 * kHidden, tiles = (columns + 7) / 8;
+  WarpShared<true>& own = shared.warps[warp.index];
+  warp.each([&](int lane) {
+    LOPT_UNROLL for (int p = 0; p < P; p++) {
+      const auto number = [&](int input) { return step[lane].input[input].part[p]; };
+      const auto put = [&](int slot, uint32_t pair) { std::memcpy(&own.inputs[p][slot / 8][lane][slot % 8], &pair, sizeof pair); };
+      constexpr int state = candidates ? kInputs : 0;
+      LOPT_UNROLL for (int i = 0; i < kHidden; i += 2) put(i, pair_of_halves(number(state + i), number(state + i + 1)));
+      if (candidates) continue;  // the others are there
+      constexpr int bounded = kHidden + kLogMs, end = kHidden + kProducts;
+      LOPT_UNROLL for (int i = kHidden; i + 1 < kInputs; i += 2)
+        put(i, i >= bounded && i < end ? pair_of_bounded_halves(number(i), number(i + 1)) : pair_of_halves(number(i), number(i + 1)));
+      put(kInputs - 1, pair_of_halves(number(kInputs - 1), 1));
+      put(kInputs + 1, 0);
+    }
+  });
+  constexpr int loads = (tiles * kMatrices + 3) / 4;
+  PerLane<Halves<4>> weights[loads];
+  LOPT_UNROLL for (int i = 0; i < loads; i++)
+    load_matrices(weights[i], [&](int lane) { return shared.halves.matrix[(candidates ? kGateMatrices : 0) + 4 * i + lane / 8][lane % 8]; });
+
+  LOPT_UNROLL for (int p = 0; p < P; p++) {
+    PerLane<Quarter> sum[2][tiles];  // of 16 rows, 8 columns
+    LOPT_UNROLL for (int half = 0; half < 2; half++) {
+      PerLane<Halves<4>> low, high;  // inputs 0 to 15; 16 to 23 twice
+      load_matrices(low, [&](int lane) { return own.inputs[p][lane / 16][16 * half + lane % 16]; });
+      load_matrices(high, [&](int lane) { return own.inputs[p][2][16 * half + lane % 16]; });
+      LOPT_UNROLL for (int part = 0; part < 3; part++)
+        LOPT_UNROLL for (int tile = 0; tile < tiles; tile++)
+          multiply_add(
+              sum[half][tile], [&](int lane) { return part < 2 ? low[lane] : high[lane]; },
+              [&](int lane) {
+                const int matrix = tile * kMatrices + 2 * part;
+                const uint32_t* const pair = weights[matrix / 4][lane].pair + matrix % 4;
+                return Halves<2>{pair[0], pair[1]};
+              },
+              [&](int lane) { return part == 0 ? Quarter{} : sum[half][tile][lane]; });
+    }
+    warp.each([&](int lane) {
+      LOPT_UNROLL for (int half = 0; half < 2; half++)
+        LOPT_UNROLL for (int tile = 0; tile < tiles; tile++) {
+          const int row = 16 * half + lane / 4, column = 8 * tile + 2 * (lane % 4);
+          if (column >= columns) continue;
+          const float* const value = sum[half][tile][lane].value;
+          std::memcpy(own.output(row, column), value, 2 * sizeof *value);
+          std::memcpy(own.output(row + 8, column), value + 2, 2 * sizeof *value);
+        }
+    });
+    warp.each([&](int lane) {
+      LOPT_UNROLL for (int j = 0; j < columns; j++) step[lane].power[first + j].part[p] = *own.output(lane, j);
+    });
+  }
+}
+
+// Parameters of `range`, P to a thread, with products on tensor cores, as many as fill warps. Returns the rest.
+template <class V, class I, int P, int threads>
+LOPT_HD Range advance_warps(const Warp& warp, AdvanceShared<true>& shared, const Tensor& tensor, const Range& range, PerLane<Sums>& sums) {
+  using S = Step<Pack<float, P>, V, I>;
+  const int64_t end = range.end - (range.end - range.begin) % (P * kLanes);
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (int64_t at = range.begin + P * kLanes * warp.index; at < end; at += P * threads) {
+    PerLane<I> io([&](int lane) { return I(tensor, at + P * lane, sums[lane].value); });
+    PerLane<S> step([&](int lane) { return S(shared.weights, shared.injected, io[lane]); });
+    warp.each([&](int lane) { step[lane].features(); });
+    multiply<false, P>(warp, shared, step);
+    warp.each([&](int lane) { step[lane].gates(); });
+    multiply<true, P>(warp, shared, step);
+    warp.each([&](int lane) { step[lane].state(); });
+  }
+  return {end, range.end};
 }
 
 // Column `j` of the sums table from the sums in the order of `Io`: hidden | features | direction^2 | log lr (| attention
@@ -481,7 +635,7 @@ LOPT_HD void copy_words(T* to, const void* from, int thread, int threads) {
 }
 
 template <class V, bool compact, class B>
-LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>& shared) {
+LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<compact>& shared) {
   if (*args.skip != 0) return;
   const int chunk = args.chunk_count - 1 - block.index, index = args.chunks[chunk];
   const Row row{args.table, args.tensors, index};
@@ -497,23 +651,32 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>&
   const bool vector = tensor.n % kPack == 0 && aligned(tensor.hidden, Several::bytes) && aligned(tensor.accum, Several::bytes) &&
                       aligned(tensor.ms, Several::bytes) && aligned(tensor.log_lr, kAligned);
   block.each([&](int thread) {
+    if constexpr (compact) shared.halves.fit = true;  // so far; all write the same
     copy_words(&shared.weights, args.weights, thread, B::threads);
     copy_words(&shared.injected, reinterpret_cast<const Injected<float>*>(args.injected) + index, thread, B::threads);
   });
-  block.each([&](int thread) {
-    float sums[kSums] = {};
-    if (vector)
-      advance_tiles<V, Several, kPack, B::threads>(shared, tensor, range, thread, sums);
-    else
-      advance_tiles<V, One, 1, B::threads>(shared, tensor, range, thread, sums);
-    LOPT_UNROLL for (int i = 0; i < kSums; i++) shared.sums[i][thread] = sums[i];
+  if constexpr (compact) block.each([&](int thread) { split_weights(shared, args.hidden_limit, thread, B::threads); });
+  block.each_warp([&](const Warp& warp) {
+    PerLane<Sums> sums{};
+    Range rest = range;
+    if constexpr (compact)
+      if (vector && shared.halves.fit) rest = advance_warps<V, Several, kPack, B::threads>(warp, shared, tensor, range, sums);
+    warp.each([&](int lane) {
+      const int thread = kLanes * warp.index + lane;
+      if (!compact && vector)
+        advance_each<V, Several, kPack, B::threads>(shared, tensor, range, thread, sums[lane]);
+      else
+        advance_each<V, One, 1, B::threads>(shared, tensor, rest, thread, sums[lane]);
+      LOPT_UNROLL for (int i = 0; i < kSums; i++) shared.warps[warp.index].sums[i][lane] = sums[lane].value[i];
+    });
   });
   block.each([&](int thread) {
-    const int i = thread / 4, quarter = thread % 4;
+    constexpr int warps = B::threads / kLanes;
+    const int i = thread / warps, warp = thread % warps;
     if (i >= kSums) return;
     float sum = 0;
-    LOPT_UNROLL for (int k = 0; k < B::threads; k += 4) sum += shared.sums[i][(k + quarter + 4 * i) % B::threads];  // by banks
-    shared.parts[i][quarter] = sum;
+    LOPT_UNROLL for (int k = 0; k < kLanes; k++) sum += shared.warps[warp].sums[i][(k + thread) % kLanes];  // by banks
+    shared.parts[i][warp] = sum;
   });
   const int columns = kHidden + kFeatures + 3 + V::attention - (args.products ? 0 : kTimescales - 1);
   block.each([&](int thread) {
