@@ -171,8 +171,9 @@ def cuda_rows(capability: int) -> list[list[object]]:
         for symbol, code in codes.items():
             if f"hrnn_{name}" in symbol:
                 attention = " +att" if re.search(name + r"I(NS_7Variant\w*?)?ILb1|ILb1E", symbol) else ""
+                compact = " compact" if "EEELb1E" in symbol else ""
                 block = threads * pack if name == "advance" else 0
-                rows.append(row(f"cuda {name}{attention}", Tile(block, threads // 32, None), code))
+                rows.append(row(f"cuda {name}{compact}{attention}", Tile(block, threads // 32, None), code))
     return rows
 
 
@@ -203,7 +204,7 @@ HEADER = (
     "/ parameter",
     "most frequent in the loop",
 )
-WIDTHS = (22, 6, 6, 6, 10, 8, 13, 8, 7, 12)
+WIDTHS = (26, 6, 6, 6, 10, 8, 13, 8, 7, 12)
 
 
 def line(cells: Sequence[object]) -> str:

@@ -109,19 +109,20 @@ LOPT_HD void load_matrices(PerLane<Halves<4>>& to, Row row) {
 //     a      rows g, g + 8, g, g + 8, of which the columns 2 t, 2 t + 1 and, in the last two pairs, 8 more than these
 //     b      column g, of which the rows 2 t, 2 t + 1 and, in the second pair, 8 more than these
 //     c, d   rows g, g, g + 8, g + 8, columns 2 t, 2 t + 1, 2 t, 2 t + 1
-struct Quarter {
+struct Accumulator {
   float value[4];
 };
 
 template <class A, class B, class C>
-LOPT_HD void multiply_add(PerLane<Quarter>& d, A a, B b, C c) {
+LOPT_HD void multiply_add(PerLane<Accumulator>& d, A a, B b, C c) {
 #ifdef __CUDA_ARCH__
   const int lane = threadIdx.x % kLanes;
   const Halves<4> left = a(lane);
   const Halves<2> right = b(lane);
-  const Quarter start = c(lane);
+  const Accumulator start = c(lane);
   float* const sum = d[lane].value;
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
                : "r"(left.pair[0]), "r"(left.pair[1]), "r"(left.pair[2]), "r"(left.pair[3]), "r"(right.pair[0]), "r"(right.pair[1]),
                  "f"(start.value[0]), "f"(start.value[1]), "f"(start.value[2]), "f"(start.value[3]));
@@ -136,7 +137,7 @@ LOPT_HD void multiply_add(PerLane<Quarter>& d, A a, B b, C c) {
     for (int i = 0; i < 4; i++) right[2 * t + i % 2 + 8 * (i / 2)][g] = half(of_b.pair, i);
   }
   for (int lane = 0; lane < kLanes; lane++) {
-    const Quarter start = c(lane);
+    const Accumulator start = c(lane);
     for (int i = 0; i < 4; i++) {
       float sum = start.value[i];
       for (int k = 0; k < 16; k++) sum = fmaf(left[lane / 4 + 8 * (i / 2)][k], right[k][2 * (lane % 4) + i % 2], sum);

@@ -7,7 +7,12 @@
 //
 // Cut: every tensor into chunks of a few tiles, a block per chunk (per tensor in `summarise`). In a tile each thread has kPack
 //   neighbouring parameters if the tensor's size is a multiple of that and its state aligned: 16-byte loads and stores for 4 of
-//   them. Otherwise it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the cache.
+//   them. Otherwise it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the
+//   cache.
+// Arithmetic: with float32 state memory binds, and each thread multiplies for itself. With a compact state instructions would,
+//   and tensor cores take over the GRU's products, half of them, where kPack parameters to a thread fill a warp: inputs rounded
+//   to float16, weights to 22 bits. That moves updates by 1e-4 of their size, the state's format by 8e-4. Everything else,
+//   directions and decays included, stays in float32; so do products with weights beyond float16.
 // Memory, in bytes per parameter with a float gradient and parameter: prepare 4 (the gradient), advance 160 (gradient 4, state
 //   in and out 2 * 76, update 4) or with a compact state 88, apply 12. Meta-parameters are in shared memory and read four at a
 //   time, as broadcasts.
@@ -320,38 +325,39 @@ LOPT_HD void prepare(const B& block, const gpu::Advance& args, PrepareShared& sh
 
 // ---------------------------------------------------------------- advance
 
-// The GRU's products on tensor cores: inputs are rounded to float16, each weight is the sum of two float16. Both lie in shared
-// memory as 8 x 8 matrices, whose rows are parameters and columns of weights.
-constexpr int kInputs = kHidden + kFeatures;  // the last is followed by a 1, which the bias is the weight of
+// The GRU's products on tensor cores: inputs are rounded to float16, a weight is the sum of two float16, 22 bits. Both lie in
+// shared memory as 8 x 8 matrices, whose rows are parameters and columns of weights. Per 8 columns of weights there are six,
+// in pairs: inputs 0 to 15 of the first float16, the same of the second, inputs 16 to 23 of the first and of the second.
+constexpr int kInputs = kHidden + kFeatures;  // followed by a 1, of which the bias is the weight
 constexpr int kSlots = 24;                    // inputs, 1, 0, 0
-constexpr int kMatrices = 2 * kSlots / 8;     // of eight columns of weights, in the order in which `multiply` reads them:
-enum Part { kHigh, kLow };                    // inputs 0 to 15 high, low, then inputs 16 to 23 high, low
-constexpr int kGateMatrices = 20;             // 18 of 24 columns; a multiple of the four that are read at once
+constexpr int kMatrices = 2 * kSlots / 8;
+constexpr int kGateMatrices = 20;  // of 24 columns 18, and then a multiple of the four that are read at once
 constexpr int kCandidateMatrices = 12;
 
 struct alignas(16) HalfWeights {
   uint16_t matrix[kGateMatrices + kCandidateMatrices][8][8];
-  bool fit;  // all are float16 numbers, and so are hidden states
+  bool fit;  // all weights are in the range of float16, and so are hidden states
 };
 
-// What a warp shares: inputs of a product, its result a row per lane, and in the end sums.
+// What the lanes of a warp multiply together: inputs of each lane's p-th parameter, and a row for each lane of the result.
+struct alignas(16) Exchange {
+  uint16_t inputs[kPack][kSlots / 8][kLanes][8];
+  float outputs[kLanes * kSlots];
+
+  // Every other four rows are moved by four numbers: lanes that access rows or parts of rows then do not meet in a bank.
+  LOPT_HD float* output(int row, int column) { return outputs + kSlots * row + 4 * (row / 4 % 2) + column; }
+};
+
 template <bool compact>
-struct alignas(128) WarpShared {
+struct WarpShared {
   float sums[kSums][kLanes];
 };
-
 template <>
-struct alignas(128) WarpShared<true> {
+struct WarpShared<true> {
   union {
-    struct {
-      uint16_t inputs[kPack][kSlots / 8][kLanes][8];  // of each lane's p-th parameter
-      float outputs[kLanes * kSlots];
-    };
-    float sums[kSums][kLanes];
+    Exchange exchange;
+    float sums[kSums][kLanes];  // in the end
   };
-
-  // Every other four rows are moved by four numbers, so that no two lanes meet in a bank, whether they have a row or a part of it.
-  LOPT_HD float* output(int row, int column) { return outputs + kSlots * row + 4 * (row / 4 % 2) + column; }
 };
 
 struct Nothing {};
@@ -456,7 +462,7 @@ struct CompactIo : CommonIo<P> {
   static constexpr int bytes = 2 * P;
   Neighbours<int16_t, P> old_hidden[kHidden], old_ms[kTimescales];
   Neighbours<uint16_t, P> old_ratio[kTimescales];
-  Number accum_waiting;
+  Number root_ms, accum_waiting;
 
   LOPT_HD CompactIo(const Tensor& t, int64_t at, float (&sums)[kSums]) : CommonIo<P>(t, at, sums) {
     LOPT_UNROLL for (int i = 0; i < kHidden; i++) old_hidden[i] = this->template load<int16_t>(t.hidden, i);
@@ -469,21 +475,23 @@ struct CompactIo : CommonIo<P> {
     LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = codes.value[p];
     return value;
   }
-  LOPT_HD void write_code(void* state, int feature, const Number& code) const {
+  // `steps` to the nearest whole number, which is in the lowest bits once the sum has none for fractions: |steps| < 2^15.
+  LOPT_HD void write_code(void* state, int feature, const Number& steps) const {
     Neighbours<int16_t, P> codes;
-    LOPT_UNROLL for (int p = 0; p < P; p++) codes.value[p] = int16_t(code.part[p]);
+    LOPT_UNROLL for (int p = 0; p < P; p++) codes.value[p] = int16_t(bits_of(steps.part[p] + 0x1.8p+23f));
     this->store(state, feature, codes);
   }
 
   LOPT_HD Number hidden(int i) const { return C::hidden(number(old_hidden[i]), this->t.hidden_limit); }
-  LOPT_HD Number ms(int s) const { return C::ms(number(old_ms[s])); }
-  LOPT_HD Number accum(int s) const {
+  LOPT_HD Number accum(int s) {
     Number ratio;
     LOPT_UNROLL for (int p = 0; p < P; p++) ratio.part[p] = from_f16(old_ratio[s].value[p]);
-    return C::accum(ratio, number(old_ms[s]));
+    root_ms = C::root_ms(number(old_ms[s]));
+    return ratio * root_ms;
   }
+  LOPT_HD Number ms(int) const { return root_ms * root_ms; }  // one power of two less
   LOPT_HD void put_hidden(int i, const Number& value) {
-    write_code(this->t.hidden, i, C::hidden_code(value, this->t.hidden_limit)), this->add(i, value);
+    write_code(this->t.hidden, i, C::hidden_steps(value, this->t.hidden_limit)), this->add(i, value);
   }
   LOPT_HD void put_accum(int, const Number& value) { accum_waiting = value; }
   LOPT_HD void put_ms(int s, const Number& value) {
@@ -515,65 +523,68 @@ LOPT_HD void split_weights(AdvanceShared<true>& shared, float hidden_limit, int 
   if (!(hidden_limit <= kLargestHalf)) shared.halves.fit = false;  // all who write, write the same
   for (int at = thread; at < (kGateMatrices + kCandidateMatrices) * 64; at += threads) {
     const bool gate = at / 64 < kGateMatrices;
-    const int matrix = at / 64 - (gate ? 0 : kGateMatrices), part = matrix % kMatrices;
-    const int group = gate ? 0 : 2 * kGroups, column = matrix / kMatrices * 8 + at / 8 % 8;
-    const int slot = (part < 4 ? part % 2 : 2) * 8 + at % 8;
-    const Part precision = Part(part < 4 ? part / 2 : part % 2);
+    const int matrix = gate ? at / 64 : at / 64 - kGateMatrices, pair = matrix % kMatrices / 2, second = matrix % 2;
+    const int slot = 8 * (pair < 2 ? second : 2) + at % 8, column = matrix / kMatrices * 8 + at / 8 % 8;
     float value = 0;
     if (column < (gate ? 2 * kHidden : kHidden)) {
-      const int input = gate ? slot : slot < kHidden ? slot + kFeatures : slot - kHidden;
-      if (slot < kInputs) value = shared.weights.gru[group + column / kColumns][input][column % kColumns];
-      if (slot == kInputs) value = shared.injected.bias[group + column / kColumns][column % kColumns];
+      const int group = (gate ? 0 : 2 * kGroups) + column / kColumns;
+      const int input = gate ? slot : slot < kHidden ? slot + kFeatures : slot - kHidden;  // here the state is always first
+      if (slot < kInputs) value = shared.weights.gru[group][input][column % kColumns];
+      if (slot == kInputs) value = shared.injected.bias[group][column % kColumns];
     }
     if (!(fabsf(value) <= kLargestHalf)) shared.halves.fit = false;
-    const uint16_t rounded = to_f16(value);
-    shared.halves.matrix[at / 64][at / 8 % 8][at % 8] = precision == kHigh ? rounded : to_f16(value - from_f16(rounded));
+    const uint16_t first = to_f16(value);
+    shared.halves.matrix[at / 64][at / 8 % 8][at % 8] = (pair < 2 ? pair : second) ? to_f16(value - from_f16(first)) : first;
   }
 }
 
-// The products of `Step::multiply_gates` and of `Step::multiply_candidates` for the 32 P parameters of a warp. Of the inputs
-//   - hidden states are at most `hidden_limit`, with and without a reset gate;
-//   - scaled averages are at most 43, since `Math::asinh` is bounded, and products of two 1,849;
-//   - log mean squares and log lr may be anything, and are bounded here.
+// `Step::multiply_gates` or `Step::multiply_candidates` for the parameters of a warp. No input is beyond float16:
+//   - hidden states are at most `hidden_limit`, which `fit` has tested, with and without a reset gate;
+//   - scaled averages are at most 43, as `Math::asinh` is, and products of two of them 1,849;
+//   - log mean squares and log lr, which nothing bounds, are bounded here.
 template <bool candidates, int P, class S>
 LOPT_HD void multiply(const Warp& warp, AdvanceShared<true>& shared, PerLane<S>& step) {
   constexpr int first = candidates ? 2 * kHidden : 0, columns = candidates ? kHidden : 2 * kHidden, tiles = (columns + 7) / 8;
-  WarpShared<true>& own = shared.warps[warp.index];
+  Exchange& exchange = shared.warps[warp.index].exchange;
   warp.each([&](int lane) {
     LOPT_UNROLL for (int p = 0; p < P; p++) {
       const auto number = [&](int input) { return step[lane].input[input].part[p]; };
-      const auto put = [&](int slot, uint32_t pair) { std::memcpy(&own.inputs[p][slot / 8][lane][slot % 8], &pair, sizeof pair); };
+      const auto put = [&](int slot, uint32_t pair) {
+        std::memcpy(&exchange.inputs[p][slot / 8][lane][slot % 8], &pair, sizeof pair);
+      };
       constexpr int state = candidates ? kInputs : 0;
       LOPT_UNROLL for (int i = 0; i < kHidden; i += 2) put(i, pair_of_halves(number(state + i), number(state + i + 1)));
-      if (candidates) continue;  // the others are there
-      constexpr int bounded = kHidden + kLogMs, end = kHidden + kProducts;
-      LOPT_UNROLL for (int i = kHidden; i + 1 < kInputs; i += 2)
-        put(i, i >= bounded && i < end ? pair_of_bounded_halves(number(i), number(i + 1)) : pair_of_halves(number(i), number(i + 1)));
+      if (candidates) continue;  // the others are still there
+      LOPT_UNROLL for (int i = kHidden; i + 1 < kInputs; i += 2) {
+        const bool unbounded = i >= kHidden + kLogMs && i < kHidden + kProducts;
+        put(i, unbounded ? pair_of_bounded_halves(number(i), number(i + 1)) : pair_of_halves(number(i), number(i + 1)));
+      }
       put(kInputs - 1, pair_of_halves(number(kInputs - 1), 1));
       put(kInputs + 1, 0);
     }
   });
   constexpr int loads = (tiles * kMatrices + 3) / 4;
+  const auto* const matrix = shared.halves.matrix + (candidates ? kGateMatrices : 0);
   PerLane<Halves<4>> weights[loads];
   LOPT_UNROLL for (int i = 0; i < loads; i++)
-    load_matrices(weights[i], [&](int lane) { return shared.halves.matrix[(candidates ? kGateMatrices : 0) + 4 * i + lane / 8][lane % 8]; });
+    load_matrices(weights[i], [&](int lane) { return matrix[4 * i + lane / 8][lane % 8]; });
 
   LOPT_UNROLL for (int p = 0; p < P; p++) {
-    PerLane<Quarter> sum[2][tiles];  // of 16 rows, 8 columns
+    PerLane<Accumulator> sum[2][tiles];  // of 16 lanes' parameters, 8 columns
     LOPT_UNROLL for (int half = 0; half < 2; half++) {
-      PerLane<Halves<4>> low, high;  // inputs 0 to 15; 16 to 23 twice
-      load_matrices(low, [&](int lane) { return own.inputs[p][lane / 16][16 * half + lane % 16]; });
-      load_matrices(high, [&](int lane) { return own.inputs[p][2][16 * half + lane % 16]; });
-      LOPT_UNROLL for (int part = 0; part < 3; part++)
+      PerLane<Halves<4>> front, back;  // inputs 0 to 15; 16 to 23 twice
+      load_matrices(front, [&](int lane) { return exchange.inputs[p][lane / 16][16 * half + lane % 16]; });
+      load_matrices(back, [&](int lane) { return exchange.inputs[p][2][16 * half + lane % 16]; });
+      LOPT_UNROLL for (int pair = 0; pair < 3; pair++)
         LOPT_UNROLL for (int tile = 0; tile < tiles; tile++)
           multiply_add(
-              sum[half][tile], [&](int lane) { return part < 2 ? low[lane] : high[lane]; },
+              sum[half][tile], [&](int lane) { return pair < 2 ? front[lane] : back[lane]; },
               [&](int lane) {
-                const int matrix = tile * kMatrices + 2 * part;
-                const uint32_t* const pair = weights[matrix / 4][lane].pair + matrix % 4;
-                return Halves<2>{pair[0], pair[1]};
+                const int at = tile * kMatrices + 2 * pair;
+                const uint32_t* const two = weights[at / 4][lane].pair + at % 4;
+                return Halves<2>{two[0], two[1]};
               },
-              [&](int lane) { return part == 0 ? Quarter{} : sum[half][tile][lane]; });
+              [&](int lane) { return pair == 0 ? Accumulator{} : sum[half][tile][lane]; });
     }
     warp.each([&](int lane) {
       LOPT_UNROLL for (int half = 0; half < 2; half++)
@@ -581,19 +592,20 @@ LOPT_HD void multiply(const Warp& warp, AdvanceShared<true>& shared, PerLane<S>&
           const int row = 16 * half + lane / 4, column = 8 * tile + 2 * (lane % 4);
           if (column >= columns) continue;
           const float* const value = sum[half][tile][lane].value;
-          std::memcpy(own.output(row, column), value, 2 * sizeof *value);
-          std::memcpy(own.output(row + 8, column), value + 2, 2 * sizeof *value);
+          std::memcpy(exchange.output(row, column), value, 2 * sizeof *value);
+          std::memcpy(exchange.output(row + 8, column), value + 2, 2 * sizeof *value);
         }
     });
     warp.each([&](int lane) {
-      LOPT_UNROLL for (int j = 0; j < columns; j++) step[lane].power[first + j].part[p] = *own.output(lane, j);
+      LOPT_UNROLL for (int j = 0; j < columns; j++) step[lane].power[first + j].part[p] = *exchange.output(lane, j);
     });
   }
 }
 
 // Parameters of `range`, P to a thread, with products on tensor cores, as many as fill warps. Returns the rest.
 template <class V, class I, int P, int threads>
-LOPT_HD Range advance_warps(const Warp& warp, AdvanceShared<true>& shared, const Tensor& tensor, const Range& range, PerLane<Sums>& sums) {
+LOPT_HD Range advance_warps(const Warp& warp, AdvanceShared<true>& shared, const Tensor& tensor, const Range& range,
+                            PerLane<Sums>& sums) {
   using S = Step<Pack<float, P>, V, I>;
   const int64_t end = range.end - (range.end - range.begin) % (P * kLanes);
 #ifdef __CUDA_ARCH__

@@ -21,7 +21,7 @@ void write(const T& value) {
 int run() {
   PerLane<Halves<4>> a([](int) { return read<Halves<4>>(); });
   PerLane<Halves<2>> b([](int) { return read<Halves<2>>(); });
-  PerLane<Quarter> c([](int) { return read<Quarter>(); }), d;
+  PerLane<Accumulator> c([](int) { return read<Accumulator>(); }), d;
   multiply_add(d, [&](int lane) { return a[lane]; }, [&](int lane) { return b[lane]; }, [&](int lane) { return c[lane]; });
   write(d);
 

@@ -55,7 +55,7 @@ def test_emulated_instructions_have_the_layouts_of_the_manual(program):
     of_c = np.array([[c[row_of_c(lane, i), column_of_c(lane, i)] for i in range(4)] for lane in LANES])
     rows = random.normal(size=(32, 8)).astype(np.float16)
     addresses = random.permutation(32).astype(np.int32)  # which row each lane points to
-    numbers = np.array([1.5, -2.0**-24, 0.1, 65519.0, 1e30, -np.inf, np.nan, -70000.0], dtype=np.float32)
+    numbers = np.array([1.5, -(2.0**-24), 0.1, 65519.0, 1e30, -np.inf, np.nan, -70000.0], dtype=np.float32)
     text = b"".join(array.tobytes() for array in (of_a, of_b, of_c, rows, addresses, numbers))
     done = subprocess.run([program], input=text, check=True, capture_output=True).stdout
     sums, registers, halves = done[:512], done[512:1024], done[1024:]
@@ -72,5 +72,5 @@ def test_emulated_instructions_have_the_layouts_of_the_manual(program):
             row = rows[addresses[8 * matrix + lane // 4]]
             assert np.array_equal(values[matrix], row[[lane % 4 * 2, lane % 4 * 2 + 1]])
 
-    right = np.array([1.5, -2.0**-24, 0.1, 65504.0, 65504.0, -65504.0, -65504.0, -65504.0], dtype=np.float16)
+    right = np.array([1.5, -(2.0**-24), 0.1, 65504.0, 65504.0, -65504.0, -65504.0, -65504.0], dtype=np.float16)
     assert np.array_equal(np.frombuffer(halves, np.float16), right)

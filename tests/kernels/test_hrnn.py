@@ -346,6 +346,8 @@ def test_compact_state_has_the_codes_of_the_reference(target, config, beyond, mo
     meta, sizes = MetaParams.init(config, seed=3), (37,) if INTERPRETED else (1, 37, 516, 1300)
     furthest = 4
     if beyond:
+        if target.module is not cuda:
+            pytest.skip("only CUDA's kernel multiplies in float16")
         meta["level0.gates.bias"][10] = 1e5
     elif target.module is cuda:
         warp, furthest = 32 * cuda._layout()["pack"], 16
