@@ -554,13 +554,14 @@ LOPT_HD void multiply(const Warp& warp, AdvanceShared<true>& shared, PerLane<S>&
       };
       constexpr int state = candidates ? kInputs : 0;
       LOPT_UNROLL for (int i = 0; i < kHidden; i += 2) put(i, pair_of_halves(number(state + i), number(state + i + 1)));
-      if (candidates) continue;  // the others are still there
-      LOPT_UNROLL for (int i = kHidden; i + 1 < kInputs; i += 2) {
-        const bool unbounded = i >= kHidden + kLogMs && i < kHidden + kProducts;
-        put(i, unbounded ? pair_of_bounded_halves(number(i), number(i + 1)) : pair_of_halves(number(i), number(i + 1)));
+      if constexpr (!candidates) {  // for which the others are still there
+        LOPT_UNROLL for (int i = kHidden; i + 1 < kInputs; i += 2) {
+          const bool unbounded = i >= kHidden + kLogMs && i < kHidden + kProducts;
+          put(i, unbounded ? pair_of_bounded_halves(number(i), number(i + 1)) : pair_of_halves(number(i), number(i + 1)));
+        }
+        put(kInputs - 1, pair_of_halves(number(kInputs - 1), 1));
+        put(kInputs + 1, 0);
       }
-      put(kInputs - 1, pair_of_halves(number(kInputs - 1), 1));
-      put(kInputs + 1, 0);
     }
   });
   constexpr int loads = (tiles * kMatrices + 3) / 4;
