@@ -11,7 +11,7 @@
 //   cache.
 // Arithmetic: with float32 state memory binds, and each thread multiplies for itself. With a compact state instructions would,
 //   and tensor cores take over the GRU's products, half of them, where kPack parameters to a thread fill a warp: inputs rounded
-//   to float16, weights to 22 bits. That moves updates by 1e-4 of their size, the state's format by 8e-4. Everything else,
+//   to float16, weights to 22 bits. That moves updates by 1e-4 to 4e-4 of their size, the state's format by 1e-3. Everything else,
 //   directions and decays included, stays in float32; so do products with weights beyond float16.
 // Memory, in bytes per parameter with a float gradient and parameter: prepare 4 (the gradient), advance 160 (gradient 4, state
 //   in and out 2 * 76, update 4) or with a compact state 88, apply 12. Meta-parameters are in shared memory and read four at a
