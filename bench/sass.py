@@ -171,17 +171,22 @@ def cuda_rows(capability: int) -> list[list[object]]:
         for symbol, code in codes.items():
             if f"hrnn_{name}" in symbol:
                 attention = " +att" if re.search(name + r"I(NS_7Variant\w*?)?ILb1|ILb1E", symbol) else ""
+                compact = " compact" if "EEELb1E" in symbol else ""
                 block = threads * pack if name == "advance" else 0
-                rows.append(row(f"cuda {name}{attention}", Tile(block, threads // 32, None), code))
+                rows.append(row(f"cuda {name}{compact}{attention}", Tile(block, threads // 32, None), code))
     return rows
 
 
 def longest_loop(instructions: list[tuple[int, str, str]]) -> tuple[int, int]:
-    """First and last address of the backward branch that spans most; (0, -1) without one."""
-    longest = 0, -1
+    """First and last address of the backward branch that spans most; (0, -1) without one.
+
+    Behind the kernel's last instruction is code that is seldom run; a branch back from there closes no loop.
+    """
+    longest, exit_ = (0, -1), -1
     for address, name, rest in instructions:
+        exit_ = address if name == "EXIT" else exit_
         target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
-        if target and address - int(target[1], 16) > longest[1] - longest[0]:
+        if target and exit_ < int(target[1], 16) and address - int(target[1], 16) > longest[1] - longest[0]:
             longest = int(target[1], 16), address
     return longest
 
@@ -199,7 +204,7 @@ HEADER = (
     "/ parameter",
     "most frequent in the loop",
 )
-WIDTHS = (22, 6, 6, 6, 10, 8, 13, 8, 7, 12)
+WIDTHS = (26, 6, 6, 6, 10, 8, 13, 8, 7, 12)
 
 
 def line(cells: Sequence[object]) -> str:

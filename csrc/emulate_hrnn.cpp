@@ -1,5 +1,6 @@
-// The GPU kernels of hrnn_gpu.h on the host: blocks in their order, threads in theirs, on memory of the host. Slow; what a
-// machine without a GPU can check of them, tests/kernels/test_hrnn.py does through this.
+// The GPU kernels of hrnn_gpu.h on the host: blocks in their order, threads in theirs, on memory of the host; what a warp does
+// together, by gpu_mma.h lane by lane. Slow; what a machine without a GPU can check of them, tests/kernels/test_hrnn.py does
+// through this.
 
 #define LOPT_ISA emulated_kernels
 #include "hrnn_gpu.h"
@@ -18,7 +19,7 @@ void run(Kernel kernel, int blocks, const Args& args) {
 template <class V, bool compact>
 void run_advance(const gpu::Advance& args) {
   using B = Block<kAdvanceThreads>;
-  run<AdvanceShared<V>, B::threads>(advance<V, compact, B>, args.chunk_count, args);
+  run<AdvanceShared<compact>, B::threads>(advance<V, compact, B>, args.chunk_count, args);
 }
 
 const char* launch_advance(const gpu::Advance& args, void*) {

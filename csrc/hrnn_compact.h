@@ -21,9 +21,10 @@ struct Compact {
   static LOPT_HD Number nearest(const Number& x) { return (x + 0x1.8p+23f) - 0x1.8p+23f; }  // |x| < 2^22, ties to even
 
   static LOPT_HD Number hidden(const Number& code, float limit) { return code * (limit / kHiddenSteps); }
-  static LOPT_HD Number hidden_code(const Number& hidden, float limit) {
-    return nearest(M::min(M::max(hidden * (kHiddenSteps / limit), -kHiddenSteps), kHiddenSteps));
+  static LOPT_HD Number hidden_steps(const Number& hidden, float limit) {  // not whole yet
+    return M::min(M::max(hidden * (kHiddenSteps / limit), -kHiddenSteps), kHiddenSteps);
   }
+  static LOPT_HD Number hidden_code(const Number& hidden, float limit) { return nearest(hidden_steps(hidden, limit)); }
 
   // The code of zero becomes at most 2^-126, which is nothing beside any epsilon.
   static LOPT_HD Number ms(const Number& code) { return M::exp2(code * (1.f / kMsSteps)); }
@@ -34,7 +35,8 @@ struct Compact {
   }
 
   // accum in units of the square root of ms, of which the code is given, to the range of float16.
-  static LOPT_HD Number accum(const Number& ratio, const Number& ms_code) { return ratio * M::exp2(ms_code * (.5f / kMsSteps)); }
+  static LOPT_HD Number root_ms(const Number& ms_code) { return M::exp2(ms_code * (.5f / kMsSteps)); }
+  static LOPT_HD Number accum(const Number& ratio, const Number& ms_code) { return ratio * root_ms(ms_code); }
   static LOPT_HD Number ratio(const Number& accum, const Number& ms_code) {
     return M::min(M::max(accum * M::exp2(ms_code * (-.5f / kMsSteps)), -65504.f), 65504.f);
   }

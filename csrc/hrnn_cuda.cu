@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kStreamThreads) hrnn_prepare(const gpu::Advanc
 
 template <class V, bool compact>
 __global__ void __launch_bounds__(kAdvanceThreads, kAdvanceBlocks) hrnn_advance(const gpu::Advance args) {
-  __shared__ alignas(16) AdvanceShared<V> shared;
+  __shared__ alignas(16) AdvanceShared<compact> shared;
   advance<V, compact>(Block<kAdvanceThreads>{int(blockIdx.x)}, args, shared);
 }
 

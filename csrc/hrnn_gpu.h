@@ -7,7 +7,12 @@
 //
 // Cut: every tensor into chunks of a few tiles, a block per chunk (per tensor in `summarise`). In a tile each thread has kPack
 //   neighbouring parameters if the tensor's size is a multiple of that and its state aligned: 16-byte loads and stores for 4 of
-//   them. Otherwise it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the cache.
+//   them. Otherwise it has one. `advance` takes the chunks backwards: what the kernel before it touched last may still be in the
+//   cache.
+// Arithmetic: with float32 state memory binds, and each thread multiplies for itself. With a compact state instructions would,
+//   and tensor cores take over the GRU's products, half of them, where kPack parameters to a thread fill a warp: inputs rounded
+//   to float16, weights to 22 bits. That moves updates by 1e-4 to 4e-4 of their size, the state's format by 1e-3. Everything else,
+//   directions and decays included, stays in float32; so do products with weights beyond float16.
 // Memory, in bytes per parameter with a float gradient and parameter: prepare 4 (the gradient), advance 160 (gradient 4, state
 //   in and out 2 * 76, update 4) or with a compact state 88, apply 12. Meta-parameters are in shared memory and read four at a
 //   time, as broadcasts.
@@ -19,7 +24,7 @@
 #include <cstddef>
 #include <type_traits>
 
-#include "gpu_math.h"
+#include "gpu_mma.h"
 #include "hrnn_compact.h"
 #include "hrnn_cuda.h"
 
@@ -51,6 +56,17 @@ struct Block {
     __syncthreads();
 #else
     for (int thread = 0; thread < threads; thread++) f(thread);
+#endif
+  }
+
+  // The same for the warps: f(warp), which all threads of the warp call together.
+  template <class Function>
+  LOPT_HD void each_warp(Function f) const {
+#ifdef __CUDA_ARCH__
+    f(Warp{int(threadIdx.x) / kLanes});
+    __syncthreads();
+#else
+    for (int warp = 0; warp < threads / kLanes; warp++) f(Warp{warp});
 #endif
   }
 };
@@ -309,12 +325,50 @@ LOPT_HD void prepare(const B& block, const gpu::Advance& args, PrepareShared& sh
 
 // ---------------------------------------------------------------- advance
 
-template <class V>
+// The GRU's products on tensor cores: inputs are rounded to float16, a weight is the sum of two float16, 22 bits. Both lie in
+// shared memory as 8 x 8 matrices, whose rows are parameters and columns of weights. Per 8 columns of weights there are six,
+// in pairs: inputs 0 to 15 of the first float16, the same of the second, inputs 16 to 23 of the first and of the second.
+constexpr int kInputs = kHidden + kFeatures;  // followed by a 1, of which the bias is the weight
+constexpr int kSlots = 24;                    // inputs, 1, 0, 0
+constexpr int kMatrices = 2 * kSlots / 8;
+constexpr int kGateMatrices = 20;  // of 24 columns 18, and then a multiple of the four that are read at once
+constexpr int kCandidateMatrices = 12;
+
+struct alignas(16) HalfWeights {
+  uint16_t matrix[kGateMatrices + kCandidateMatrices][8][8];
+  bool fit;  // all weights are in the range of float16, and so are hidden states
+};
+
+// What the lanes of a warp multiply together: inputs of each lane's p-th parameter, and a row for each lane of the result.
+struct alignas(16) Exchange {
+  uint16_t inputs[kPack][kSlots / 8][kLanes][8];
+  float outputs[kLanes * kSlots];
+
+  // Every other four rows are moved by four numbers: lanes that access rows or parts of rows then do not meet in a bank.
+  LOPT_HD float* output(int row, int column) { return outputs + kSlots * row + 4 * (row / 4 % 2) + column; }
+};
+
+template <bool compact>
+struct WarpShared {
+  float sums[kSums][kLanes];
+};
+template <>
+struct WarpShared<true> {
+  union {
+    Exchange exchange;
+    float sums[kSums][kLanes];  // in the end
+  };
+};
+
+struct Nothing {};
+
+template <bool compact>
 struct AdvanceShared {
   Weights<float> weights;
   Injected<float> injected;
-  float sums[kSums][kAdvanceThreads];
-  float parts[kSums][4], totals[kSums];
+  std::conditional_t<compact, HalfWeights, Nothing> halves;
+  WarpShared<compact> warps[kAdvanceThreads / kLanes];
+  float parts[kSums][kAdvanceThreads / kLanes], totals[kSums];
   double rows[kAdvanceThreads / 8][gpu::kPartials];
   bool last;
 };
@@ -408,7 +462,7 @@ struct CompactIo : CommonIo<P> {
   static constexpr int bytes = 2 * P;
   Neighbours<int16_t, P> old_hidden[kHidden], old_ms[kTimescales];
   Neighbours<uint16_t, P> old_ratio[kTimescales];
-  Number accum_waiting;
+  Number root_ms, accum_waiting;
 
   LOPT_HD CompactIo(const Tensor& t, int64_t at, float (&sums)[kSums]) : CommonIo<P>(t, at, sums) {
     LOPT_UNROLL for (int i = 0; i < kHidden; i++) old_hidden[i] = this->template load<int16_t>(t.hidden, i);
@@ -421,21 +475,23 @@ struct CompactIo : CommonIo<P> {
     LOPT_UNROLL for (int p = 0; p < P; p++) value.part[p] = codes.value[p];
     return value;
   }
-  LOPT_HD void write_code(void* state, int feature, const Number& code) const {
+  // `steps` to the nearest whole number, which is in the lowest bits once the sum has none for fractions: |steps| < 2^15.
+  LOPT_HD void write_code(void* state, int feature, const Number& steps) const {
     Neighbours<int16_t, P> codes;
-    LOPT_UNROLL for (int p = 0; p < P; p++) codes.value[p] = int16_t(code.part[p]);
+    LOPT_UNROLL for (int p = 0; p < P; p++) codes.value[p] = int16_t(bits_of(steps.part[p] + 0x1.8p+23f));
     this->store(state, feature, codes);
   }
 
   LOPT_HD Number hidden(int i) const { return C::hidden(number(old_hidden[i]), this->t.hidden_limit); }
-  LOPT_HD Number ms(int s) const { return C::ms(number(old_ms[s])); }
-  LOPT_HD Number accum(int s) const {
+  LOPT_HD Number accum(int s) {
     Number ratio;
     LOPT_UNROLL for (int p = 0; p < P; p++) ratio.part[p] = from_f16(old_ratio[s].value[p]);
-    return C::accum(ratio, number(old_ms[s]));
+    root_ms = C::root_ms(number(old_ms[s]));
+    return ratio * root_ms;
   }
+  LOPT_HD Number ms(int) const { return root_ms * root_ms; }  // one power of two less
   LOPT_HD void put_hidden(int i, const Number& value) {
-    write_code(this->t.hidden, i, C::hidden_code(value, this->t.hidden_limit)), this->add(i, value);
+    write_code(this->t.hidden, i, C::hidden_steps(value, this->t.hidden_limit)), this->add(i, value);
   }
   LOPT_HD void put_accum(int, const Number& value) { accum_waiting = value; }
   LOPT_HD void put_ms(int s, const Number& value) {
@@ -446,15 +502,126 @@ struct CompactIo : CommonIo<P> {
   }
 };
 
-template <class V, class I, int P, int threads>
-LOPT_HD void advance_tiles(const AdvanceShared<V>& shared, const Tensor& tensor, const Range& range, int thread, float (&sums)[kSums]) {
+struct Sums {
+  float value[kSums];
+};
+
+// Parameters of `range`, P to a thread.
+template <class V, class I, int P, int threads, class Shared>
+LOPT_HD void advance_each(const Shared& shared, const Tensor& tensor, const Range& range, int thread, Sums& sums) {
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
   for (int64_t at = range.begin + P * thread; at < range.end; at += P * threads) {
-    I io(tensor, at, sums);
+    I io(tensor, at, sums.value);
     Step<Pack<float, P>, V, I>(shared.weights, shared.injected, io).advance();
   }
+}
+
+// Fills `halves` from the weights and the tensor's bias.
+LOPT_HD void split_weights(AdvanceShared<true>& shared, float hidden_limit, int thread, int threads) {
+  if (!(hidden_limit <= kLargestHalf)) shared.halves.fit = false;  // all who write, write the same
+  for (int at = thread; at < (kGateMatrices + kCandidateMatrices) * 64; at += threads) {
+    const bool gate = at / 64 < kGateMatrices;
+    const int matrix = gate ? at / 64 : at / 64 - kGateMatrices, pair = matrix % kMatrices / 2, second = matrix % 2;
+    const int slot = 8 * (pair < 2 ? second : 2) + at % 8, column = matrix / kMatrices * 8 + at / 8 % 8;
+    float value = 0;
+    if (column < (gate ? 2 * kHidden : kHidden)) {
+      const int group = (gate ? 0 : 2 * kGroups) + column / kColumns;
+      const int input = gate ? slot : slot < kHidden ? slot + kFeatures : slot - kHidden;  // here the state is always first
+      if (slot < kInputs) value = shared.weights.gru[group][input][column % kColumns];
+      if (slot == kInputs) value = shared.injected.bias[group][column % kColumns];
+    }
+    if (!(fabsf(value) <= kLargestHalf)) shared.halves.fit = false;
+    const uint16_t first = to_f16(value);
+    shared.halves.matrix[at / 64][at / 8 % 8][at % 8] = (pair < 2 ? pair : second) ? to_f16(value - from_f16(first)) : first;
+  }
+}
+
+// `Step::multiply_gates` or `Step::multiply_candidates` for the parameters of a warp. No input is beyond float16:
+//   - hidden states are at most `hidden_limit`, which `fit` has tested, with and without a reset gate;
+//   - scaled averages are at most 43, as `Math::asinh` is, and products of two of them 1,849;
+//   - log mean squares and log lr, which nothing bounds, are bounded here.
+template <bool candidates, int P, class S>
+LOPT_HD void multiply(const Warp& warp, AdvanceShared<true>& shared, PerLane<S>& step) {
+  constexpr int first = candidates ? 2 * kHidden : 0, columns = candidates ? kHidden : 2 * kHidden, tiles = (columns + 7) / 8;
+  Exchange& exchange = shared.warps[warp.index].exchange;
+  warp.each([&](int lane) {
+    LOPT_UNROLL for (int p = 0; p < P; p++) {
+      const auto number = [&](int input) { return step[lane].input[input].part[p]; };
+      const auto put = [&](int slot, uint32_t pair) {
+        std::memcpy(&exchange.inputs[p][slot / 8][lane][slot % 8], &pair, sizeof pair);
+      };
+      constexpr int state = candidates ? kInputs : 0;
+      LOPT_UNROLL for (int i = 0; i < kHidden; i += 2) put(i, pair_of_halves(number(state + i), number(state + i + 1)));
+      if constexpr (!candidates) {  // for which the others are still there
+        LOPT_UNROLL for (int i = kHidden; i + 1 < kInputs; i += 2) {
+          const bool unbounded = i >= kHidden + kLogMs && i < kHidden + kProducts;
+          put(i, unbounded ? pair_of_bounded_halves(number(i), number(i + 1)) : pair_of_halves(number(i), number(i + 1)));
+        }
+        put(kInputs - 1, pair_of_halves(number(kInputs - 1), 1));
+        put(kInputs + 1, 0);
+      }
+    }
+  });
+  constexpr int loads = (tiles * kMatrices + 3) / 4;
+  const auto* const matrix = shared.halves.matrix + (candidates ? kGateMatrices : 0);
+  PerLane<Halves<4>> weights[loads];
+  LOPT_UNROLL for (int i = 0; i < loads; i++)
+    load_matrices(weights[i], [&](int lane) { return matrix[4 * i + lane / 8][lane % 8]; });
+
+  LOPT_UNROLL for (int p = 0; p < P; p++) {
+    PerLane<Accumulator> sum[2][tiles];  // of 16 lanes' parameters, 8 columns
+    LOPT_UNROLL for (int half = 0; half < 2; half++) {
+      PerLane<Halves<4>> front, back;  // inputs 0 to 15; 16 to 23 twice
+      load_matrices(front, [&](int lane) { return exchange.inputs[p][lane / 16][16 * half + lane % 16]; });
+      load_matrices(back, [&](int lane) { return exchange.inputs[p][2][16 * half + lane % 16]; });
+      LOPT_UNROLL for (int pair = 0; pair < 3; pair++)
+        LOPT_UNROLL for (int tile = 0; tile < tiles; tile++)
+          multiply_add(
+              sum[half][tile], [&](int lane) { return pair < 2 ? front[lane] : back[lane]; },
+              [&](int lane) {
+                const int at = tile * kMatrices + 2 * pair;
+                const uint32_t* const two = weights[at / 4][lane].pair + at % 4;
+                return Halves<2>{two[0], two[1]};
+              },
+              [&](int lane) { return pair == 0 ? Accumulator{} : sum[half][tile][lane]; });
+    }
+    warp.each([&](int lane) {
+      LOPT_UNROLL for (int half = 0; half < 2; half++)
+        LOPT_UNROLL for (int tile = 0; tile < tiles; tile++) {
+          const int row = 16 * half + lane / 4, column = 8 * tile + 2 * (lane % 4);
+          if (column >= columns) continue;
+          const float* const value = sum[half][tile][lane].value;
+          std::memcpy(exchange.output(row, column), value, 2 * sizeof *value);
+          std::memcpy(exchange.output(row + 8, column), value + 2, 2 * sizeof *value);
+        }
+    });
+    warp.each([&](int lane) {
+      LOPT_UNROLL for (int j = 0; j < columns; j++) step[lane].power[first + j].part[p] = *exchange.output(lane, j);
+    });
+  }
+}
+
+// Parameters of `range`, P to a thread, with products on tensor cores, as many as fill warps. Returns the rest.
+template <class V, class I, int P, int threads>
+LOPT_HD Range advance_warps(const Warp& warp, AdvanceShared<true>& shared, const Tensor& tensor, const Range& range,
+                            PerLane<Sums>& sums) {
+  using S = Step<Pack<float, P>, V, I>;
+  const int64_t end = range.end - (range.end - range.begin) % (P * kLanes);
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (int64_t at = range.begin + P * kLanes * warp.index; at < end; at += P * threads) {
+    PerLane<I> io([&](int lane) { return I(tensor, at + P * lane, sums[lane].value); });
+    PerLane<S> step([&](int lane) { return S(shared.weights, shared.injected, io[lane]); });
+    warp.each([&](int lane) { step[lane].features(); });
+    multiply<false, P>(warp, shared, step);
+    warp.each([&](int lane) { step[lane].gates(); });
+    multiply<true, P>(warp, shared, step);
+    warp.each([&](int lane) { step[lane].state(); });
+  }
+  return {end, range.end};
 }
 
 // Column `j` of the sums table from the sums in the order of `Io`: hidden | features | direction^2 | log lr (| attention
@@ -481,7 +648,7 @@ LOPT_HD void copy_words(T* to, const void* from, int thread, int threads) {
 }
 
 template <class V, bool compact, class B>
-LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>& shared) {
+LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<compact>& shared) {
   if (*args.skip != 0) return;
   const int chunk = args.chunk_count - 1 - block.index, index = args.chunks[chunk];
   const Row row{args.table, args.tensors, index};
@@ -497,23 +664,32 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<V>&
   const bool vector = tensor.n % kPack == 0 && aligned(tensor.hidden, Several::bytes) && aligned(tensor.accum, Several::bytes) &&
                       aligned(tensor.ms, Several::bytes) && aligned(tensor.log_lr, kAligned);
   block.each([&](int thread) {
+    if constexpr (compact) shared.halves.fit = true;  // so far; all write the same
     copy_words(&shared.weights, args.weights, thread, B::threads);
     copy_words(&shared.injected, reinterpret_cast<const Injected<float>*>(args.injected) + index, thread, B::threads);
   });
-  block.each([&](int thread) {
-    float sums[kSums] = {};
-    if (vector)
-      advance_tiles<V, Several, kPack, B::threads>(shared, tensor, range, thread, sums);
-    else
-      advance_tiles<V, One, 1, B::threads>(shared, tensor, range, thread, sums);
-    LOPT_UNROLL for (int i = 0; i < kSums; i++) shared.sums[i][thread] = sums[i];
+  if constexpr (compact) block.each([&](int thread) { split_weights(shared, args.hidden_limit, thread, B::threads); });
+  block.each_warp([&](const Warp& warp) {
+    PerLane<Sums> sums{};
+    Range rest = range;
+    if constexpr (compact)
+      if (vector && shared.halves.fit) rest = advance_warps<V, Several, kPack, B::threads>(warp, shared, tensor, range, sums);
+    warp.each([&](int lane) {
+      const int thread = kLanes * warp.index + lane;
+      if (!compact && vector)
+        advance_each<V, Several, kPack, B::threads>(shared, tensor, range, thread, sums[lane]);
+      else
+        advance_each<V, One, 1, B::threads>(shared, tensor, rest, thread, sums[lane]);
+      LOPT_UNROLL for (int i = 0; i < kSums; i++) shared.warps[warp.index].sums[i][lane] = sums[lane].value[i];
+    });
   });
   block.each([&](int thread) {
-    const int i = thread / 4, quarter = thread % 4;
+    constexpr int warps = B::threads / kLanes;
+    const int i = thread / warps, warp = thread % warps;
     if (i >= kSums) return;
     float sum = 0;
-    LOPT_UNROLL for (int k = 0; k < B::threads; k += 4) sum += shared.sums[i][(k + quarter + 4 * i) % B::threads];  // by banks
-    shared.parts[i][quarter] = sum;
+    LOPT_UNROLL for (int k = 0; k < kLanes; k++) sum += shared.warps[warp].sums[i][(k + thread) % kLanes];  // by banks
+    shared.parts[i][warp] = sum;
   });
   const int columns = kHidden + kFeatures + 3 + V::attention - (args.products ? 0 : kTimescales - 1);
   block.each([&](int thread) {

@@ -155,8 +155,15 @@ struct Step {
     LOPT_UNROLL for (int j = 0; j < kColumns; j++) out[j] = sum[j];
   }
 
-  LOPT_HD void gates() {
+  // Pre-activations of the reset and update gates, of the candidates.
+  LOPT_HD void multiply_gates() {
     LOPT_LOOP for (int k = 0; k < 2 * kGroups; k++) affine(w.gru[k], tensor.bias[k], input, power + k * kColumns);
+  }
+  LOPT_HD void multiply_candidates() {
+    LOPT_LOOP for (int k = 2 * kGroups; k < 3 * kGroups; k++) affine(w.gru[k], tensor.bias[k], input + kHidden, power + k * kColumns);
+  }
+
+  LOPT_HD void gates() {
     LOPT_LOOP for (int i = 0; i < kUnbounded; i++) power[i] = M::exp2(power[i]);
     LOPT_LOOP for (int i = kUnbounded; i < 2 * kHidden; i++) power[i] = bounded_exp2(power[i]);
     LOPT_LOOP for (int i = 0; i < kHidden; i++) reset(i) = M::ratio(hidden(i), power[i] + 1);
@@ -164,7 +171,6 @@ struct Step {
 
   // Candidate, new state and what is read out of it: direction, log lr and update.
   LOPT_HD void state() {
-    LOPT_LOOP for (int k = 2 * kGroups; k < 3 * kGroups; k++) affine(w.gru[k], tensor.bias[k], input + kHidden, power + k * kColumns);
     LOPT_LOOP for (int i = 2 * kHidden; i < 3 * kHidden; i++) power[i] = bounded_exp2(power[i]);
     Number direction = 0, attention = 0, log_step = log_lr + w.log_lr_bias;
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
@@ -188,7 +194,9 @@ struct Step {
 
   LOPT_HD void advance() {
     features();
+    multiply_gates();
     gates();
+    multiply_candidates();
     state();
   }
 };

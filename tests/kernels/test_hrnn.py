@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -304,15 +305,54 @@ def test_a_timescale_without_a_past_takes_the_gradient_undecayed(target):
         assert error(value, right.values()[key]) < AGREE, key
 
 
+def gru_of_halves(config: HRNNConfig, halves: Tensor) -> Callable[..., Tensor]:
+    """`reference._gru` with inputs of its products rounded to float16 for the parameters of the mask `halves`, [n]."""
+    full = reference._gru
+    relative = slice(*(config.features.index(name) for name in ("log_ms_1", "relative_log_lr")))
+
+    def rounded(x: Tensor) -> Tensor:
+        return torch.where(halves, x.half().to(x), x)
+
+    def gru(meta, name, x, h, injected, *, columns):
+        if name != "level0":
+            return full(meta, name, x, h, injected, columns=columns)
+        log_ms = rounded(x[relative] - x[relative][-1])  # as the kernels have them; reference: to their mean
+        x = torch.cat([rounded(x[: relative.start]), log_ms - log_ms.mean(0), rounded(x[relative.stop :])])
+
+        def affine(part, state):
+            weight, bias = meta[f"level0.{part}.weight"], meta[f"level0.{part}.bias"]
+            return weight.mT @ torch.cat([x, rounded(state)]) + bias[:, None]
+
+        reset, update, above = injected.chunk(3)
+        reset, update = torch.sigmoid(affine("gates", h) + torch.cat([reset, update])).chunk(2)
+        return update * h + (1 - update) * torch.tanh(affine("candidate", reset * h) + above)
+
+    return gru
+
+
 @kernel_test
 @pytest.mark.parametrize(
     "config",
-    [HRNNConfig(), HRNNConfig(attention=True, zero_init_lr_weights=False, ms_eps=0.0)],
-    ids=["paper", "attention_without_eps"],
+    [HRNNConfig(), HRNNConfig(attention=True, zero_init_lr_weights=False, ms_eps=0.0), CONFIGS["bare"]],
+    ids=["paper", "attention_without_eps", "bare"],
 )
-def test_compact_state_has_the_codes_of_the_reference(target, config):
-    """Where rounding of the float32 in between moves a number across a boundary, a code may be a few further."""
-    meta, sizes = MetaParams.init(config, seed=3), (37,) if INTERPRETED else (1, 37, 516)
+@pytest.mark.parametrize("beyond", [False, True], ids=["", "bias_beyond_float16"])
+def test_compact_state_has_the_codes_of_the_reference(target, config, beyond, monkeypatch):
+    """Where rounding of the float32 in between moves a number across a boundary, a code may be a few further.
+
+    CUDA's kernel multiplies in float16 where parameters fill warps and all weights are in its range. There a number may
+    be rounded to the next float16: 2^-10 of it, 16 codes of what the slopes of the gates, at most 1/2, leave of that.
+    """
+    meta, sizes = MetaParams.init(config, seed=3), (37,) if INTERPRETED else (1, 37, 516, 1300)
+    furthest = 4
+    if beyond:
+        if target.module is not cuda:
+            pytest.skip("only CUDA's kernel multiplies in float16")
+        meta["level0.gates.bias"][10] = 1e5
+    elif target.module is cuda:
+        warp, furthest = 32 * cuda._layout()["pack"], 16
+        halves = [torch.arange(n) < (n // warp * warp if n % 4 == 0 else 0) for n in (*sizes, 5)]
+        monkeypatch.setattr(reference, "_gru", gru_of_halves(config, torch.cat(halves).to(target.device)))
     results = []
     for backend in ("reference", target.name):
         params = [torch.nn.Parameter(torch.zeros(n, device=target.device)) for n in (*sizes, 5)]
@@ -332,24 +372,27 @@ def test_compact_state_has_the_codes_of_the_reference(target, config):
     for name in ("hidden", "ms"):
         assert ours[name].dtype == torch.int16
         difference = (ours[name].int() - right[name].int()).abs()
-        assert difference.max() <= 4, name
+        assert difference.max() <= (furthest if name == "hidden" else 4), name
         assert (difference > 0).float().mean() <= 0.05, name
     torch.testing.assert_close(ours["accum"].float(), right["accum"].float(), rtol=8e-3, atol=1e-6)
     torch.testing.assert_close(ours["log_lr"], right["log_lr"], rtol=1e-6, atol=1e-6)
 
 
-@gpu_test
+@kernel_test
 def test_updates_with_compact_state_stay_within_two_thousandths_of_those_with_float32_state(target):
+    if INTERPRETED:
+        pytest.skip("takes the interpreter minutes")
+    size, steps = (4100, 200) if target.device == GPU else (260, 50)  # fills warps, and a rest
     moved = []
     for state_format in ("float32", "compact"):
-        param = torch.nn.Parameter(torch.zeros(4099, device=target.device))
+        param = torch.nn.Parameter(torch.zeros(size, device=target.device))
         optimizer = lopt.HRNN([param], meta=MetaParams.init(seed=3), state_format=state_format, backend=target.name)
         generator = torch.Generator().manual_seed(3)
-        scale = 10 ** (torch.rand(4099, generator=generator) * 6 - 3)
+        scale = 10 ** (torch.rand(size, generator=generator) * 6 - 3)
         updates = []
-        for _ in range(200):
+        for _ in range(steps):
             before = param.detach().double()
-            param.grad = ((torch.randn(4099, generator=generator) + 0.3) * scale).to(target.device)
+            param.grad = ((torch.randn(size, generator=generator) + 0.3) * scale).to(target.device)
             optimizer.step()
             updates.append((param.detach().double() - before) / optimizer.state[param]["log_lr"].double().exp())
         moved.append(torch.stack(updates))
