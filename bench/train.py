@@ -254,7 +254,7 @@ def plot(path: Path, out: Path) -> None:
         axes[1].set(xlabel="peak memory, GiB")
         for each in axes:
             each.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, ncols=2)
     figure.savefig(out, dpi=130)
 
 
