@@ -306,8 +306,8 @@ def test_a_timescale_without_a_past_takes_the_gradient_undecayed(target):
 
 
 def gru_of_halves(config: HRNNConfig, halves: Tensor) -> Callable[..., Tensor]:
-    """`reference._gru` with inputs of its products rounded to float16 for the parameters of the mask `halves`, [n]."""
-    full = reference._gru
+    """`reference.gru` with inputs of its products rounded to float16 for the parameters of the mask `halves`, [n]."""
+    full = reference.gru
     relative = slice(*(config.features.index(name) for name in ("log_ms_1", "relative_log_lr")))
 
     def rounded(x: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def test_compact_state_has_the_codes_of_the_reference(target, config, beyond, mo
     elif target.module is cuda:
         warp, furthest = 32 * cuda._layout()["pack"], 16
         halves = [torch.arange(n) < (n // warp * warp if n % 4 == 0 else 0) for n in (*sizes, 5)]
-        monkeypatch.setattr(reference, "_gru", gru_of_halves(config, torch.cat(halves).to(target.device)))
+        monkeypatch.setattr(reference, "gru", gru_of_halves(config, torch.cat(halves).to(target.device)))
     results = []
     for backend in ("reference", target.name):
         params = [torch.nn.Parameter(torch.zeros(n, device=target.device)) for n in (*sizes, 5)]
