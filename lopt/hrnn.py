@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ OPTIONS = {
     "lr": 1.0,
     "init_lr": 1e-3,
     "weight_decay": 0.0,
+    "base_fan_in": 64,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -58,6 +59,7 @@ class _Listed(NamedTuple):
     tensors: list[Tensor]  # of each parameter: itself and its state, one behind the other
     columns: dict[str, tuple[Tensor, ...]]  # the same by kind, T each
     sizes: list[int]  # T
+    fan_in: list[int]  # T, of the whole tensors where these are shards
     devices: list[torch.device]  # T
 
 
@@ -101,6 +103,10 @@ class HRNN(Optimizer):
         meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: the latest of these.
         init_lr: learning rate that every parameter starts from.
         weight_decay: decoupled, in AdamW's units: a step shrinks a tensor by lr * weight_decay * its learned rate.
+        base_fan_in: the step of a tensor of more inputs, the product of its dimensions behind the first, is multiplied
+            by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
+            moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
+            for all, the paper's rule.
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.
@@ -139,6 +145,7 @@ class HRNN(Optimizer):
         meta: MetaParams | str | os.PathLike[str] | None = None,
         init_lr: float = 1e-3,
         weight_decay: float = 0.0,
+        base_fan_in: float | None = 64,
         maximize: bool = False,
         state_format: str = "float32",
         backend: str | None = None,
@@ -157,6 +164,7 @@ class HRNN(Optimizer):
             "lr": lr,
             "init_lr": init_lr,
             "weight_decay": weight_decay,
+            "base_fan_in": base_fan_in,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -388,12 +396,13 @@ class HRNN(Optimizer):
                 groups += [group] * (len(grads) - before)
         if not groups:
             return loss
-        listed = self._list(tensors)
+        listed = self._list(tensors, None if shards is None else shards.params)
+        rates = _rates(groups, listed.fan_in)
         columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
         if devices.count(devices[0]) == len(devices):
-            skip = self._step_device(devices[0], columns, listed.sizes, groups, found_inf, grad_scale, shards)
+            skip = self._step_device(devices[0], columns, listed.sizes, groups, rates, found_inf, grad_scale, shards)
         else:
             # One device's overflow must hold back the others before any of them has moved.
             overflows = [~within_limit(grad, grad_scale).to(devices[0]) for grad in columns["grad"]]
@@ -403,20 +412,29 @@ class HRNN(Optimizer):
                 own = {name: tuple(column[index] for index in here) for name, column in columns.items()}
                 own_shards = None if shards is None else shards.take(here)
                 sizes, own_groups = [listed.sizes[index] for index in here], [groups[index] for index in here]
-                self._step_device(device, own, sizes, own_groups, skip, grad_scale, own_shards)
+                own_rates = [rates[index] for index in here]
+                self._step_device(device, own, sizes, own_groups, own_rates, skip, grad_scale, own_shards)
         # On the CPU a look costs less than an addition.
         if not skip.is_cpu or torch.compiler.is_compiling() or skip:
             self._skipped = self._skipped.to(skip.device).add_(skip.sign())
         return loss
 
-    def _list(self, tensors: list[Tensor]) -> _Listed:
-        """What `_init_group` has listed, by kind; the same objects as in the last step if that had the same tensors."""
+    def _list(self, tensors: list[Tensor], whole: Sequence[Tensor] | None) -> _Listed:
+        """What `_init_group` has listed, by kind; the same objects as in the last step if that had the same tensors.
+
+        Args:
+            tensors: the list. whole: the parameters, where those of the list are shards of them.
+        """
         listed, compiling = self._listed, torch.compiler.is_compiling()
         if listed is None or compiling or not are(tensors, listed.tensors):
             width, params = len(self._columns), tensors[:: len(self._columns)]
             columns = {name: tuple(tensors[index::width]) for index, name in enumerate(self._columns)}
             listed = _Listed(
-                tensors, columns, [real(param).numel() for param in params], [param.device for param in params]
+                tensors,
+                columns,
+                [real(param).numel() for param in params],
+                [math.prod(param.shape[1:]) for param in whole or params],
+                [param.device for param in params],
             )
             self._listed = None if compiling else listed
         return listed
@@ -533,6 +551,7 @@ class HRNN(Optimizer):
         columns: dict[str, tuple[Tensor, ...]],
         sizes: list[int],
         groups: list[Group],
+        rates: list[float | Tensor],
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
         shards: Shards | None,
@@ -583,7 +602,7 @@ class HRNN(Optimizer):
             plan.attention_update,
             plan.scale,
             log_lr_mean,
-            lr=[group["lr"] for group in groups],
+            lr=rates,
             weight_decay=[group["weight_decay"] for group in groups],
             skip=skip,
         )
@@ -641,6 +660,24 @@ def _sparse() -> RuntimeError:
     )
 
 
+def _rates(groups: Sequence[Group], fan_in: Sequence[int]) -> list[float | Tensor]:
+    """Factor of the learned step of each tensor: its group's lr, less where its fan-in is above the group's base."""
+    products: dict[tuple[int, float], Tensor] = {}
+    rates: list[float | Tensor] = []
+    for group, inputs in zip(groups, fan_in, strict=True):
+        lr, base = group["lr"], group["base_fan_in"]
+        if base is not None and inputs > base:
+            share = base / inputs
+            if not isinstance(lr, Tensor):
+                lr *= share
+            elif (product := products.get((id(lr), share))) is not None:
+                lr = product
+            else:  # one launch for each of a few widths
+                lr = products[id(lr), share] = lr * share
+        rates.append(lr)
+    return rates
+
+
 def _check_group(group: Group) -> None:
     """Raise ValueError if an option of a parameter group is out of range."""
     lr, init_lr, weight_decay = group["lr"], group["init_lr"], group["weight_decay"]
@@ -653,6 +690,8 @@ def _check_group(group: Group) -> None:
         raise ValueError(f"Invalid init_lr: {init_lr}; it is the positive learning rate to start from")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be finite and >= 0")
+    if (base := group["base_fan_in"]) is not None and not 0 < base:
+        raise ValueError(f"Invalid base_fan_in: {base}; it is a positive number of inputs, or None for no limit")
     for name in ("foreach", "differentiable"):
         if group[name]:
             raise ValueError(f"HRNN has no {name} implementation: leave {name} at its default")

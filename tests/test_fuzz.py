@@ -81,6 +81,7 @@ options = st.fixed_dictionaries(
         "lr": st.sampled_from([0.0, 0.5, 1.0, 2.0, torch.tensor(0.5)]),
         "init_lr": st.sampled_from([1e-30, 1e-3, 0.1, 1e10]),
         "weight_decay": st.sampled_from([0.0, 0.1, 1e9]),
+        "base_fan_in": st.sampled_from([None, 0.5, 64]),
         "maximize": st.booleans(),
     },
 )
@@ -121,7 +122,7 @@ def saved_and_loaded(optimizer: HRNN) -> HRNN:
             own.data = param.detach().clone() if own.stride() == param.stride() else copy.deepcopy(param.detach())
             own.grad = param.grad
         groups.append({"params": copies})
-    defaults = {name: optimizer.defaults[name] for name in ("lr", "init_lr", "weight_decay", "maximize")}
+    defaults = {name: optimizer.defaults[name] for name in ("lr", "init_lr", "weight_decay", "base_fan_in", "maximize")}
     resumed = HRNN(groups, meta=optimizer.meta, backend=optimizer.backend, **defaults)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     return resumed

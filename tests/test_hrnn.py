@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends
 from lopt.config import GRADIENT_LIMIT
+from lopt.hrnn import OPTIONS
 from lopt.state import rows
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -189,6 +190,26 @@ def test_each_group_has_its_own_options(place):
     assert moved[2] == pytest.approx(10 * moved[0], rel=0.5)
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
+def test_steps_of_wide_tensors_are_shorter_by_their_fan_in(place, kind):
+    shapes, shares = ((3, 64), (2, 640), (2, 40, 2, 2), (200,), (), (3, 256)), (1, 0.1, 0.4, 1, 1, 0.25)
+    narrow, wide, plain = place.params(*shapes), place.params(*shapes), place.params(*shapes)
+    rates = [2.0 * share for share in shares]
+    optimizers = (
+        place.hrnn(wide, lr=kind(2.0), weight_decay=0.1),
+        place.hrnn(
+            [{"params": [param], "lr": rate, "base_fan_in": None} for param, rate in zip(narrow, rates, strict=True)],
+            weight_decay=0.1,
+        ),
+        place.hrnn([{"params": plain, "base_fan_in": None}], lr=2.0, weight_decay=0.1),
+    )
+    for optimizer in optimizers:
+        train(optimizer, 3)
+    torch.testing.assert_close(wide, narrow, rtol=1e-6, atol=1e-9)
+    moved = [not torch.equal(one, other) for one, other in zip(wide, plain, strict=True)]
+    assert moved == [share < 1 for share in shares]
+
+
 def test_weight_decay_shrinks_by_lr_times_decay_times_the_learned_rate(place):
     plain, decayed = place.params(), place.params()
     optimizers = place.hrnn(plain, lr=0.5), place.hrnn(decayed, lr=0.5, weight_decay=3.0)
@@ -240,6 +261,7 @@ def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
         ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
         ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
         ({"init_lr": 0.0}, "Invalid init_lr: 0"),
+        ({"base_fan_in": 0}, "Invalid base_fan_in: 0"),
         ({"foreach": True}, "no foreach implementation"),
         ({"differentiable": True}, "no differentiable implementation"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),
@@ -1022,7 +1044,7 @@ def test_a_pickle_of_a_version_with_fewer_options_still_steps(place):
     train(optimizer, 1)
     state = optimizer.__getstate__()
     for options in (state["defaults"], *state["param_groups"]):
-        for name in ("init_lr", "maximize", "weight_decay", "fused", "capturable", "train_mode", "differentiable"):
+        for name in set(OPTIONS) - {"lr", "foreach"}:
             del options[name]
     for name in ("nonfinite", "backend", "_skipped"):
         del state[name]

@@ -13,16 +13,10 @@ from torch import nn
 from lopt import HRNN, backends
 from lopt.train.config import Config
 
-# The shipped meta-parameters come from networks of some thousand parameters. In large ones they do well too, but not
-# from a rate of 1e-3 on: bench/README.md.
-LARGE, LARGE_INIT_LR = 1_000_000, 1e-4
-
 
 def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     options = {"init_lr": config.init_lr, "state_format": config.state_format}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if sum(param.numel() for param in model.parameters()) >= LARGE:
-        given = {"init_lr": LARGE_INIT_LR, **given}
     optimizer = HRNN(
         model.parameters(),
         lr=config.lr,

@@ -18,7 +18,6 @@ from lopt.train.data import NO_LABEL, Digits, Feed, Synthetic
 from lopt.train.ema import Average
 from lopt.train.loop import Training
 from lopt.train.metrics import COLUMNS, TAGS, Counts, read_metrics
-from lopt.train.optimizers import OPTIMIZERS
 from lopt.train.stop import StopRequest
 
 pytestmark = pytest.mark.usefixtures("narrow_model")
@@ -34,15 +33,6 @@ SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.05}
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "draw", lambda *_: None)
-
-
-def test_hrnn_starts_lower_in_a_large_network_unless_told_otherwise() -> None:
-    small, large = nn.Linear(9, 9, device="meta"), nn.Linear(1000, 1000, device="meta")
-
-    def init_lr(model: nn.Module, **options: Any) -> float:
-        return OPTIMIZERS["hrnn"].make(model, replace(CONFIG, **options)).param_groups[0]["init_lr"]
-
-    assert (init_lr(small), init_lr(large), init_lr(large, init_lr=5e-3)) == (1e-3, 1e-4, 5e-3)
 
 
 @pytest.fixture
