@@ -250,7 +250,7 @@ def parameters_sharded_along_any_dimension_or_not_at_all_train_together(folder: 
         for value, layout in zip(values, layouts, strict=True)
     ]
     for backend in BACKENDS:
-        optimizers = [HRNN(params, meta=PAPER, backend=backend) for params in (plain, mixed)]
+        optimizers = [HRNN(params, meta=PAPER, backend=backend, base_fan_in=2) for params in (plain, mixed)]
         for optimizer in optimizers:
             train(optimizer, 4)
         assert_close(*map(content, optimizers))
