@@ -39,9 +39,9 @@ FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and
 
 OPTIONS = {
     "lr": 1.0,
-    "init_lr": 1e-3,
+    "init_lr": 3e-3,
     "weight_decay": 0.0,
-    "base_fan_in": 64,
+    "base_fan_in": 20,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -143,9 +143,9 @@ class HRNN(Optimizer):
         lr: float | Tensor = 1.0,
         *,
         meta: MetaParams | str | os.PathLike[str] | None = None,
-        init_lr: float = 1e-3,
+        init_lr: float = 3e-3,
         weight_decay: float = 0.0,
-        base_fan_in: float | None = 64,
+        base_fan_in: float | None = 20,
         maximize: bool = False,
         state_format: str = "float32",
         backend: str | None = None,

@@ -81,7 +81,7 @@ options = st.fixed_dictionaries(
         "lr": st.sampled_from([0.0, 0.5, 1.0, 2.0, torch.tensor(0.5)]),
         "init_lr": st.sampled_from([1e-30, 1e-3, 0.1, 1e10]),
         "weight_decay": st.sampled_from([0.0, 0.1, 1e9]),
-        "base_fan_in": st.sampled_from([None, 0.5, 64]),
+        "base_fan_in": st.sampled_from([None, 0.5, 20]),
         "maximize": st.booleans(),
     },
 )

@@ -321,8 +321,8 @@ def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -
         return ""
     lines.insert(
         1,
-        "Losses relative to tuned Adam as above. init_lr is where the learned rates start (1e-3 by default); "
-        "loss_scale multiplies every gradient. The worst task is by its final training loss.\n",
+        f"Losses relative to tuned Adam as above. init_lr is where the learned rates start, {suites.INIT_LR:g} by "
+        "default; loss_scale multiplies every gradient. The worst task is by its final training loss.\n",
     )
     if part.rates:
         lines += _rates(evaluation, part, adam, shown["init_lr"])

@@ -241,22 +241,6 @@ def hard_mixes() -> list[list[Task]]:
     ]
 
 
-def long_mixes() -> list[list[Task]]:
-    """For long trainings: half of the hard ones, and networks that can learn every sample, wrong labels included."""
-    relu, tanh = torch.relu, torch.tanh
-    hard = hard_mixes()
-    return [
-        [
-            nets.MLP((40,), relu, features=10, samples=64, batch=16, noise=0.3),
-            nets.MLP((24, 24), relu, features=12, outputs=5, samples=64, batch=12, noise=0.2),
-            nets.MLP((32,), tanh, features=10, outputs=1, regression=True, samples=64, batch=16, noise=0.4),
-            nets.Conv((6, 6), samples=48, batch=8, noise=0.2),
-            nets.Linear(24, 6, samples=96, batch=12, noise=0.2),
-        ],
-        *(hard[i] for i in (0, 2, 3, 6, 7, 8)),
-    ]
-
-
 def paper_mixes() -> list[list[Task]]:
     """Each of the original's 101 tasks alone."""
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
@@ -334,30 +318,6 @@ REFINE = Recipe(
     ),
 )
 
-# On from those, for long trainings: `lopt meta-train --recipe lengthen --start hrnn-3`.
-LENGTHEN = Recipe(
-    config=dataclasses.replace(SHIPPED_CONFIG, log_lr_min=math.log(1e-4)),
-    minutes=60,
-    validate_every=150,
-    stages=(
-        Stage(
-            "lengthen",
-            2800,
-            long_mixes,
-            "pes",
-            rows=48,
-            reuse=40,
-            unroll=Draw(30),
-            episode=Draw(300, 8000),
-            lr=3e-4,
-            warmup=20,
-            final_lr=0.05,
-            average=0.99,
-            objective=Objective(floor=1e-3, cap=2.0),
-        ),
-    ),
-)
-
 # The original draws initial log learning rates as u + o, uniform in [-6.9, -2.3] each; here they have the same mean and
 # standard deviations.
 PAPER = Recipe(
@@ -385,4 +345,4 @@ PAPER = Recipe(
     ),
 )
 
-RECIPES = {"default": DEFAULT, "refine": REFINE, "lengthen": LENGTHEN, "paper": PAPER}
+RECIPES = {"default": DEFAULT, "refine": REFINE, "paper": PAPER}

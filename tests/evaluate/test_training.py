@@ -53,7 +53,14 @@ def alone(task, setting, seed, steps):
     params = [torch.nn.Parameter(param[0].detach().clone()) for param in params]
     if setting.optimizer == "hrnn":
         meta = WEIGHTS[setting.weights]
-        optimizer = HRNN(params, setting.lr, meta=meta, init_lr=setting.init_lr, weight_decay=setting.weight_decay)
+        optimizer = HRNN(
+            params,
+            setting.lr,
+            meta=meta,
+            init_lr=setting.init_lr,
+            base_fan_in=setting.base_fan_in,
+            weight_decay=setting.weight_decay,
+        )
     else:
         optimizer = torch.optim.AdamW(params, setting.lr, weight_decay=setting.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(setting, step / steps))
