@@ -182,7 +182,8 @@ def test_each_group_has_its_own_options(place):
             {"params": params[:1]},
             {"params": params[1:2], "lr": 0.0},
             {"params": params[2:], "maximize": True, "init_lr": 1e-2},
-        ]
+        ],
+        init_lr=1e-3,
     )
     optimizer.step()
     moved = [(param - old).abs().max().item() for param, old in zip(params, before, strict=True)]
