@@ -34,14 +34,15 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
+INIT_LR, BASE_FAN_IN = 3e-3, 20  # defaults; above this fan-in their product is what counts
 LIKELY_A_LEARNING_RATE = 0.05
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
 
 OPTIONS = {
     "lr": 1.0,
-    "init_lr": 3e-3,
+    "init_lr": INIT_LR,
     "weight_decay": 0.0,
-    "base_fan_in": 20,
+    "base_fan_in": BASE_FAN_IN,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -143,9 +144,9 @@ class HRNN(Optimizer):
         lr: float | Tensor = 1.0,
         *,
         meta: MetaParams | str | os.PathLike[str] | None = None,
-        init_lr: float = 3e-3,
+        init_lr: float = INIT_LR,
         weight_decay: float = 0.0,
-        base_fan_in: float | None = 20,
+        base_fan_in: float | None = BASE_FAN_IN,
         maximize: bool = False,
         state_format: str = "float32",
         backend: str | None = None,
@@ -662,18 +663,15 @@ def _sparse() -> RuntimeError:
 
 def _rates(groups: Sequence[Group], fan_in: Sequence[int]) -> list[float | Tensor]:
     """Factor of the learned step of each tensor: its group's lr, less where its fan-in is above the group's base."""
-    products: dict[tuple[int, float], Tensor] = {}
+    products: dict[tuple[int, float], float | Tensor] = {}
     rates: list[float | Tensor] = []
     for group, inputs in zip(groups, fan_in, strict=True):
         lr, base = group["lr"], group["base_fan_in"]
         if base is not None and inputs > base:
-            share = base / inputs
-            if not isinstance(lr, Tensor):
-                lr *= share
-            elif (product := products.get((id(lr), share))) is not None:
-                lr = product
-            else:  # one launch for each of a few widths
-                lr = products[id(lr), share] = lr * share
+            key = (id(lr), base / inputs)
+            if key not in products:  # of a tensor: one launch for each of a few widths
+                products[key] = lr * (base / inputs)
+            lr = products[key]
         rates.append(lr)
     return rates
 

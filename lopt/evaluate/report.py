@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import Entrant, Interval, Results
 from lopt.evaluate.suites import Part, Suite
 from lopt.evaluate.training import FLOOR
+from lopt.hrnn import INIT_LR
 from lopt.meta.recipe import VARIANTS
 from lopt.train.checkpoint import write_atomic
 
@@ -321,7 +323,7 @@ def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -
         return ""
     lines.insert(
         1,
-        f"Losses relative to tuned Adam as above. init_lr is where the learned rates start, {suites.INIT_LR:g} by "
+        f"Losses relative to tuned Adam as above. init_lr is where the learned rates start, {INIT_LR:g} by "
         "default; loss_scale multiplies every gradient. The worst task is by its final training loss.\n",
     )
     if part.rates:
@@ -475,7 +477,7 @@ def _method(evaluation: Evaluation) -> str:
 def _table_of_runs(evaluation: Evaluation) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    names = ("optimizer", "lr", "schedule", "weight_decay", "init_lr", "loss_scale", "weights")
+    names = [field.name for field in dataclasses.fields(Setting)]
     measures = ("start", "final", "last_tenth", "area", "test", "accuracy", "seconds")
     writer.writerow(["task", "steps", "seed", *names, *measures])
     for run, result in evaluation.results.items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lopt.config import HRNNConfig
+from lopt.hrnn import INIT_LR
 from lopt.meta.estimators import unflatten
 from lopt.meta.tasks import Random, Task
 from lopt.meta.tasks import networks as nets
@@ -20,7 +21,6 @@ from lopt.meta.unroll import Augment, Draw, Mix, World
 from lopt.metaparams import MetaParams
 
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-INIT_LR = 3e-3  # what the learned optimizer starts from
 SHARE = 0.1  # of the steps, at the end, whose mean loss is the final loss
 FLOOR = 1e-8  # of a loss relative to its start
 

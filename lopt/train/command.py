@@ -70,12 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         help="default: 1 for hrnn (it multiplies the learned step), 0.001 for adamw, 0.1 for sgd",
     )
-    how.add_argument(
-        "--init-lr",
-        type=_positive,
-        metavar="LR",
-        help="hrnn: rate its learned rates start from (default: 1e-3; 1e-4 from a million parameters on)",
-    )
+    how.add_argument("--init-lr", type=_positive, metavar="LR", help="hrnn: rate its learned rates start from")
     how.add_argument(
         "--weight-decay",
         type=_not_negative,
