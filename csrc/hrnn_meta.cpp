@@ -35,6 +35,7 @@ namespace {
 
 constexpr int kItem = 4096;
 constexpr int kSlabs = 16;
+constexpr int kFewLanes = 6;  // so few are summed one by one
 
 template <class Number>
 struct Driver {
@@ -44,23 +45,31 @@ struct Driver {
   static constexpr int parts = Number::parts, lanes = sizeof(Number) / sizeof(Real);
 
   static LOPT_HD Number read(const void* from, int64_t at, int count) {
-    if (!from) return Number(0);
-    Number number;
-    if (count < lanes) number = Number(0);
-    std::memcpy(&number, static_cast<const Real*>(from) + at, count == lanes ? sizeof number : sizeof(Real) * count);
+    Number number(0);
+    if (!from) return number;
+    if (count == lanes)
+      std::memcpy(&number, static_cast<const Real*>(from) + at, sizeof number);
+    else
+      std::memcpy(&number, static_cast<const Real*>(from) + at, sizeof(Real) * count);
     return number;
   }
 
   static LOPT_HD void write(void* to, int64_t at, const Number& value, int count) {
-    std::memcpy(static_cast<Real*>(to) + at, &value, count == lanes ? sizeof value : sizeof(Real) * count);
+    if (count == lanes)
+      std::memcpy(static_cast<Real*>(to) + at, &value, sizeof value);
+    else
+      std::memcpy(static_cast<Real*>(to) + at, &value, sizeof(Real) * count);
   }
 
-  // `count` parameters of a row, in one tensor or, then with their numbers, in several.
+  // `count` parameters of a row, of one tensor or of several: those of run r are the lanes begins[r] to begins[r + 1] - 1.
   struct Group {
     int64_t row, at;
-    int count;
-    const int32_t* owner;  // [count]
-    bool uniform;
+    int count, runs;
+    const int32_t* owner;  // [count] numbers of the tensors
+    int8_t begins[lanes + 1];
+
+    bool uniform() const { return count == lanes && runs == 1; }
+    int64_t tensor(int run) const { return owner[begins[run]]; }
   };
 
   const MetaStep& step;
@@ -88,8 +97,12 @@ struct Driver {
   Group group(int64_t index) const {
     const int64_t row = index / groups, at = index % groups * lanes;
     const int count = int(std::min<int64_t>(lanes, step.n - at));
-    const int32_t* owner = step.owner + at;
-    return {row, at, count, owner, count == lanes && owner[0] == owner[count - 1]};
+    Group g{row, at, count, 1, step.owner + at, {}};
+    if (g.owner[0] != g.owner[count - 1])
+      for (int k = 1; k < count; k++)
+        if (g.owner[k] != g.owner[k - 1]) g.begins[g.runs++] = int8_t(k);
+    g.begins[g.runs] = int8_t(count);
+    return g;
   }
 
   int items() const { return int((total * lanes + kItem - 1) / kItem); }
@@ -121,14 +134,23 @@ struct Driver {
       return;
     }
     const Real* rows = static_cast<const Real*>(table) + g.row * step.tensors * width;
-    if (g.uniform) {
-      rows += int64_t(g.owner[0]) * width;
-      for (int i = 0; i < width; i++) to[i] = Number(rows[i]);
-      return;
+    for (int i = 0; i < width; i++) to[i] = Number(rows[g.tensor(0) * width + i]);
+    for (int run = 1; run < g.runs; run++) {
+      const Real* row = rows + g.tensor(run) * width;
+      for (int i = 0; i < width; i++) to[i] = from_lane(g.begins[run], Number(row[i]), to[i]);
     }
-    Real* lane = reinterpret_cast<Real*>(to);
-    for (int i = 0; i < width; i++)
-      for (int k = 0; k < lanes; k++) lane[i * lanes + k] = rows[int64_t(g.owner[std::min(k, g.count - 1)]) * width + i];
+  }
+
+  // Lanes from `begin` on of `behind`, those before it of `before`.
+  static LOPT_HD Number from_lane(int begin, const Number& behind, const Number& before) {
+    if constexpr (lanes == 1) {
+      return begin ? before : behind;
+    } else {
+      Number out;
+      LOPT_UNROLL for (int p = 0; p < parts; p++)
+        out.part[p] = select(lane_numbers() >= splat(int32_t(begin - p * lanes / parts)), behind.part[p], before.part[p]);
+      return out;
+    }
   }
 
   void share(const Group& g, Shared<Number>& shared) const {
@@ -168,12 +190,10 @@ struct Driver {
     return *reinterpret_cast<const PlainWeights<Real>*>(static_cast<const Real*>(step.weights) + row * step.weight_stride);
   }
 
-  static double sum(const Number& number) {
-    Real lane[lanes];
-    std::memcpy(lane, &number, sizeof number);
-    double total = 0;
-    for (Real value : lane) total += value;
-    return total;
+  static LOPT_HD double sum(const Number& number) {
+    Part total = number.part[0];
+    LOPT_UNROLL for (int p = 1; p < parts; p++) total = total + number.part[p];
+    return lane_sum(total);
   }
 
   // Sums of `width` values over each tensor of an item.
@@ -193,7 +213,7 @@ struct Driver {
 
     // Before the values of a group.
     LOPT_HD void enter(const Group& g) {
-      const int64_t index = g.uniform ? g.row * driver.step.tensors - first + g.owner[0] : -1;
+      const int64_t index = g.uniform() ? g.row * driver.step.tensors - first + g.owner[0] : -1;
       if (index == current) return;
       flush();
       current = index;
@@ -202,20 +222,20 @@ struct Driver {
 
     // Add `count` of a group's values to the sums from `at` on.
     LOPT_HD void add(const Group& g, int at, const Number* values, int count) {
-      if (g.uniform) {
+      if (g.uniform()) {
         for (int i = 0; i < count; i++) running[at + i] = running[at + i] + values[i];
         return;
       }
-      const int64_t row = g.row * driver.step.tensors - first;
       const Real* lane = reinterpret_cast<const Real*>(values);
-      for (int begin = 0, end; begin < g.count; begin = end) {
-        for (end = begin + 1; end < g.count && g.owner[end] == g.owner[begin];) end++;
-        double* to = &sums[(row + g.owner[begin]) * width + at];
-        for (int i = 0; i < count; i++) {
-          Real sum = 0;
-          for (int k = begin; k < end; k++) sum += lane[i * lanes + k];
-          to[i] += sum;
-        }
+      for (int run = 0; run < g.runs; run++) {
+        const int begin = g.begins[run], end = g.begins[run + 1];
+        double* to = &sums[(g.row * driver.step.tensors - first + g.tensor(run)) * width + at];
+        if (end - begin < kFewLanes)
+          for (int i = 0; i < count; i++)
+            for (int k = begin; k < end; k++) to[i] += lane[i * lanes + k];
+        else
+          for (int i = 0; i < count; i++)
+            to[i] += sum(from_lane(begin, from_lane(end, Number(0), values[i]), Number(0)));
       }
     }
 
@@ -322,14 +342,6 @@ struct Driver {
     tiles<kManyRegisters ? 5 : 2, 5>(slabs->reset_hidden, kHidden, slabs->dz + 2 * kHidden, kHidden, count, matrix + 2 * kHidden);
   }
 
-  static double sum_part(const Part& part) {
-    Real lane[sizeof(Part) / sizeof(Real)];
-    std::memcpy(lane, &part, sizeof part);
-    double total = 0;
-    for (Real value : lane) total += value;
-    return total;
-  }
-
   void backward(const MetaBackward& args) const {
     constexpr int matrix_size = (kInputs + kHidden) * kGates, width = kGates + 1;
     int column[kSummands];
@@ -383,7 +395,7 @@ struct Driver {
       if (collected) outer_products(slabs, collected, matrix);
       per_tensor.flush();
       std::vector<double> d_weights(matrix_size + kReadOuts);
-      for (int i = 0; i < matrix_size; i++) d_weights[i] = sum_part(matrix[i]);
+      for (int i = 0; i < matrix_size; i++) d_weights[i] = lane_sum(matrix[i]);
       for (int i = 0; i < kReadOuts; i++) d_weights[matrix_size + i] = sum(read_outs[i]);
       partials[item] = {per_tensor.first, std::move(per_tensor.sums), std::move(d_weights)};
     });

@@ -75,6 +75,25 @@ LOPT_HD void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value)
 
 LOPT_HD Vec select(Ints where, Vec yes, Vec no) { return where ? yes : no; }
 
+LOPT_HD Ints lane_numbers() {
+  Ints numbers;
+  for (int lane = 0; lane < kWidth; lane++) numbers[lane] = lane;
+  return numbers;
+}
+
+// Pairwise.
+LOPT_HD float lane_sum(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
+  return x[0];
+#endif
+}
+
+LOPT_HD double lane_sum(double x) { return x; }
+
 // b if either is NaN.
 LOPT_HD Vec min(Vec a, Vec b) {
 #if defined(__AVX512F__)
