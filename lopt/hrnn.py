@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import operator
 import os
@@ -108,6 +109,7 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
+        min_lr: no learned rate falls below it; None: below what the meta-parameters say, 1e-4 for the shipped ones.
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.
@@ -147,6 +149,7 @@ class HRNN(Optimizer):
         init_lr: float = INIT_LR,
         weight_decay: float = 0.0,
         base_fan_in: float | None = BASE_FAN_IN,
+        min_lr: float | None = None,
         maximize: bool = False,
         state_format: str = "float32",
         backend: str | None = None,
@@ -175,6 +178,8 @@ class HRNN(Optimizer):
         }
         _check_group(options)
         self.meta = MetaParams.resolve(meta)
+        if min_lr is not None:
+            self.meta = _bounded(self.meta, min_lr)
         self.nonfinite = nonfinite
         self.state_format = state_format
         self.backend = backend
@@ -674,6 +679,15 @@ def _rates(groups: Sequence[Group], fan_in: Sequence[int]) -> list[float | Tenso
             lr = products[key]
         rates.append(lr)
     return rates
+
+
+def _bounded(meta: MetaParams, min_lr: float) -> MetaParams:
+    """The same meta-parameters with another bound below the learned rates."""
+    if not (0 < min_lr < math.inf and math.log(min_lr) < meta.config.log_lr_max):
+        raise ValueError(
+            f"Invalid min_lr: {min_lr}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
+        )
+    return MetaParams(dataclasses.replace(meta.config, log_lr_min=math.log(min_lr)), meta)
 
 
 def _check_group(group: Group) -> None:

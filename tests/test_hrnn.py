@@ -211,6 +211,21 @@ def test_steps_of_wide_tensors_are_shorter_by_their_fan_in(place, kind):
     assert moved == [share < 1 for share in shares]
 
 
+def test_min_lr_bounds_what_learned_rates_approach(place):
+    torch.manual_seed(0)
+    params, options, steps = (place.params(), place.params()), {"meta": None, "init_lr": 0.1}, 10
+    bounded, free = place.hrnn(params[0], min_lr=0.5, **options), place.hrnn(params[1], **options)
+    for _ in range(steps):
+        for one, other in zip(*params, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        bounded.step()
+        free.step()
+    lowest = [min(state["log_lr"].min().item() for state in each.state.values()) for each in (bounded, free)]
+    momentum = torch.sigmoid(bounded.meta["log_lr.momentum"]).item()
+    assert lowest[0] >= math.log(0.5) + momentum**steps * math.log(0.1 / 0.5) - 1e-5 > lowest[1]
+
+
 def test_weight_decay_shrinks_by_lr_times_decay_times_the_learned_rate(place):
     plain, decayed = place.params(), place.params()
     optimizers = place.hrnn(plain, lr=0.5), place.hrnn(decayed, lr=0.5, weight_decay=3.0)
@@ -263,6 +278,8 @@ def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
         ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
         ({"init_lr": 0.0}, "Invalid init_lr: 0"),
         ({"base_fan_in": 0}, "Invalid base_fan_in: 0"),
+        ({"min_lr": 0}, "Invalid min_lr: 0"),
+        ({"min_lr": math.inf}, "Invalid min_lr: inf"),
         ({"foreach": True}, "no foreach implementation"),
         ({"differentiable": True}, "no differentiable implementation"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),

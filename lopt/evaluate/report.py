@@ -319,17 +319,19 @@ def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -
         if rows:
             head = [name, "final training loss", "all steps", "test loss", "<= tuned Adam", "worst task", "diverged"]
             lines += [*_markdown(head, rows), ""]
-    if not shown:
+    if len(lines) == 1:
         return ""
-    lines.insert(
-        1,
-        f"Losses relative to tuned Adam as above. init_lr is where the learned rates start, {INIT_LR:g} by "
-        "default; loss_scale multiplies every gradient. The worst task is by its final training loss.\n",
-    )
+    about = ["Losses relative to tuned Adam as above. The worst task is by its final training loss."]
+    if "init_lr" in shown:
+        about.append(f"init_lr is where the learned rates start, {INIT_LR:g} by default.")
+    if "loss_scale" in shown:
+        about.append("loss_scale multiplies every gradient.")
+    lines.insert(1, " ".join(about) + "\n")
     if part.rates:
         lines += _rates(evaluation, part, adam, shown["init_lr"])
-    figures.sensitivity(folder / f"robustness-{part.stem}.png", shown)
-    lines.append(f"![Robustness](robustness-{part.stem}.png)\n")
+    if shown:
+        figures.sensitivity(folder / f"robustness-{part.stem}.png", shown)
+        lines.append(f"![Robustness](robustness-{part.stem}.png)\n")
     return "\n".join(lines)
 
 

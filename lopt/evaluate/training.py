@@ -183,7 +183,7 @@ class Cache:
 
     def key(self, run: Run) -> dict[str, Any]:
         """What has to agree for a result to be the run's."""
-        setting = dataclasses.asdict(run.setting)
+        setting = {name: value for name, value in dataclasses.asdict(run.setting).items() if value is not None}
         return {"version": VERSION, "digest": self.digests(run.task), **run._asdict(), "setting": setting}
 
     def _path(self, key: dict[str, Any]) -> Path:

@@ -38,7 +38,7 @@ FOLDER_DEFAULTS = Defaults("preresnet50", 90, 128)
 SMALL_IMAGE = 32  # what images of no size of their own become for a model that takes any
 ROWS = 400  # in metrics.csv, about, when --log-every does not say
 
-HRNN_ONLY = ("init_lr", "meta", "state_format", "backend")
+HRNN_ONLY = ("init_lr", "min_lr", "meta", "state_format", "backend")
 CHANGEABLE = (
     *("steps", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare"),
     *("compare_steps", "accumulate", "channels_last", "compile", "parallel"),
@@ -71,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: 1 for hrnn (it multiplies the learned step), 0.001 for adamw, 0.1 for sgd",
     )
     how.add_argument("--init-lr", type=_positive, metavar="LR", help="hrnn: rate its learned rates start from")
+    how.add_argument(
+        "--min-lr", type=_positive, metavar="LR", help="hrnn: bound below these; raise it for long runs with a schedule"
+    )
     how.add_argument(
         "--weight-decay",
         type=_not_negative,
@@ -198,6 +201,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         train_images=data.train_count,
         classes=data.classes,
         init_lr=args.init_lr,
+        min_lr=args.min_lr,
         meta=str(Path(meta).resolve()) if meta and Path(meta).is_file() else meta,
         state_format=args.state_format,
         backend=args.backend,

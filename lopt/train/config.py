@@ -38,6 +38,7 @@ class Config:
     train_images: int
     classes: int
     init_lr: float | None = None
+    min_lr: float | None = None
     meta: str | None = None
     state_format: str | None = None
     backend: str | None = None

@@ -15,7 +15,7 @@ from lopt.train.config import Config
 
 
 def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    options = {"init_lr": config.init_lr, "state_format": config.state_format}
+    options = {"init_lr": config.init_lr, "min_lr": config.min_lr, "state_format": config.state_format}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     optimizer = HRNN(
         model.parameters(),

@@ -75,6 +75,7 @@ def rival_config(config: Config, rival: str) -> Config:
         weight_decay=choice.weight_decay,
         steps=min(config.steps, config.compare_steps or config.steps),
         init_lr=None,
+        min_lr=None,
         meta=None,
         state_format=None,
         backend=None,
@@ -127,8 +128,9 @@ def _announce(training: Training, folder: Path) -> None:
     if isinstance(training.optimizer, HRNN):
         own = training.optimizer
         backend = backends.choose(training.device, own.config, config.backend, own.state_format)
-        details += [f"init_lr {own.defaults['init_lr']:g}", f"{own.state_format} state"]
-        details += [f"backend {backend.__name__.rpartition('.')[2]}"]
+        details += [f"init_lr {own.defaults['init_lr']:g}"]
+        details += [f"min_lr {config.min_lr:g}"] if config.min_lr else []
+        details += [f"{own.state_format} state", f"backend {backend.__name__.rpartition('.')[2]}"]
     epochs = config.steps * config.batch_size / data.train_count
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
     where = config.device + (threads if config.device == "cpu" else "")

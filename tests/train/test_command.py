@@ -110,11 +110,11 @@ def test_a_run_leaves_config_metrics_curves_and_checkpoint(
 
 def test_hrnn_is_the_default_and_its_options_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--steps", 2, "--batch-size", 8, "--init-lr", 0.005, "--weight-decay", 0.1, "--backend", "reference"]
-    options += ["--state-format", "compact"]
+    options += ["--state-format", "compact", "--min-lr", 0.001]
     assert run(*options, "--out", tmp_path / "run") == 0
     group = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]
     assert (group["init_lr"], group["weight_decay"], group["initial_lr"]) == (0.005, 0.1, 1.0)
-    expected = "HRNN: lr 1 (cosine), weight decay 0.1, init_lr 0.005, compact state, backend reference"
+    expected = "HRNN: lr 1 (cosine), weight decay 0.1, init_lr 0.005, min_lr 0.001, compact state, backend reference"
     assert expected in capsys.readouterr().out
 
 
