@@ -131,13 +131,19 @@ def test_network_learns_each_copy_alone_and_is_learnable(task: Task):
 
 def test_batch_norm_and_convolution_equal_those_of_torch():
     generator = torch.Generator().manual_seed(0)
-    x, kernel = torch.randn(2, 4, 5, 6, 3, generator=generator), torch.randn(2, 3, 3, 3, 2, generator=generator)
-    scale, shift = torch.randn(2, 2, generator=generator), torch.randn(2, 2, generator=generator)
-    ours = networks.batch_norm(networks.convolve(x, kernel), scale, shift)
+    scale, shift = torch.randn(2, 5, generator=generator), torch.randn(2, 5, generator=generator)
+    for channels in (1, 3):
+        x = torch.randn(4, 2, channels, 5, 6, generator=generator)
+        kernel = torch.randn(2, 3, 3, channels, 5, generator=generator)
+        ours = networks.convolve(x.flatten(1, 2), kernel).unflatten(1, (2, 5))
+        for copy in range(2):
+            expected = torch.nn.functional.conv2d(x[:, copy], kernel[copy].permute(3, 2, 0, 1), padding=1)
+            torch.testing.assert_close(ours[:, copy], expected, rtol=1e-4, atol=1e-5)
+    samples = torch.randn(2, 7, 5, generator=generator)
+    normed = networks.batch_norm(samples, scale, shift)
     for copy in range(2):
-        maps = torch.nn.functional.conv2d(x[copy].permute(0, 3, 1, 2), kernel[copy].permute(3, 2, 0, 1), padding=1)
-        expected = torch.nn.functional.batch_norm(maps, None, None, scale[copy], shift[copy], training=True)
-        torch.testing.assert_close(ours[copy], expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+        expected = torch.nn.functional.batch_norm(samples[copy], None, None, scale[copy], shift[copy], training=True)
+        torch.testing.assert_close(normed[copy], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gru_is_torchs():
