@@ -322,7 +322,11 @@ class Tokens(Network):
 
 
 class Attention(Tokens):
-    """One pre-norm transformer block with one head; layer normalisation without learned scales."""
+    """One pre-norm transformer block with one head; layer normalisation without learned scales.
+
+    Its matrices are a few numbers wide. So attention is products and sums over dimensions before the long ones, and the
+    moments of a layer normalisation are products with a constant matrix.
+    """
 
     def layout(self) -> list[tuple[int, ...]]:
         d = self.width
@@ -342,12 +346,20 @@ class Attention(Tokens):
     def output(self, params: Params, x: Tensor) -> Tensor:
         embeddings, positions, mix_in, mix_out, expand, expand_bias, contract, contract_bias, weight, bias = params
         d = self.width
-        h = self.embed(embeddings, x) + 0.3 * positions[:, None]
-        query, key, value = (F.layer_norm(h, (d,)).flatten(1, 2) @ mix_in).unflatten(1, x.shape[1:]).chunk(3, -1)
-        seen = torch.softmax(query @ key.mT / math.sqrt(d), -1) @ value
-        h = h.flatten(1, 2) + seen.flatten(1, 2) @ mix_out
-        h = h + affine(F.gelu(affine(F.layer_norm(h, (d,)), expand, expand_bias)), contract, contract_bias)
-        return affine(F.layer_norm(h, (d,)).unflatten(1, x.shape[1:]).mean(2), weight, bias)
+        mean = embeddings.new_full((d, d), 1 / d)
+
+        def normed(h: Tensor) -> Tensor:
+            centered = h - h @ mean
+            return centered * torch.rsqrt(centered.square() @ mean + NORM_EPS)
+
+        h = (self.embed(embeddings, x) + 0.3 * positions[:, None]).flatten(1, 2)
+        mixed = (normed(h) @ mix_in).view(*x.shape, 3 * d).permute(3, 2, 0, 1).contiguous()  # [3 d, length, count, m]
+        query, key, value = mixed.chunk(3)
+        shares = torch.softmax((query[:, :, None] * key[:, None]).sum(0) / math.sqrt(d), 1)  # [length, length, count, m]
+        seen = (shares * value[:, None]).sum(2).permute(2, 3, 1, 0).flatten(1, 2)
+        h = h + seen @ mix_out
+        h = h + affine(F.gelu(affine(normed(h), expand, expand_bias)), contract, contract_bias)
+        return affine(normed(h).unflatten(1, x.shape[1:]).mean(2), weight, bias)
 
 
 class Recurrent(Tokens):
