@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,7 @@ def _announce(training: Training, folder: Path) -> None:
     if isinstance(training.optimizer, HRNN):
         own = training.optimizer
         backend = backends.choose(training.device, own.config, config.backend, own.state_format)
-        details += [f"init_lr {own.defaults['init_lr']:g}"]
-        details += [f"min_lr {config.min_lr:g}"] if config.min_lr else []
+        details += [f"init_lr {own.defaults['init_lr']:g}", f"min_lr {math.exp(own.config.log_lr_min):.3g}"]
         details += [f"{own.state_format} state", f"backend {backend.__name__.rpartition('.')[2]}"]
     epochs = config.steps * config.batch_size / data.train_count
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"

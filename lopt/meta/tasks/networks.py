@@ -355,7 +355,8 @@ class Attention(Tokens):
         h = (self.embed(embeddings, x) + 0.3 * positions[:, None]).flatten(1, 2)
         mixed = (normed(h) @ mix_in).view(*x.shape, 3 * d).permute(3, 2, 0, 1).contiguous()  # [3 d, length, count, m]
         query, key, value = mixed.chunk(3)
-        shares = torch.softmax((query[:, :, None] * key[:, None]).sum(0) / math.sqrt(d), 1)  # [length, length, count, m]
+        products = (query[:, :, None] * key[:, None]).sum(0)  # [length, length, count, m]
+        shares = torch.softmax(products / math.sqrt(d), 1)
         seen = (shares * value[:, None]).sum(2).permute(2, 3, 1, 0).flatten(1, 2)
         h = h + seen @ mix_out
         h = h + affine(F.gelu(affine(normed(h), expand, expand_bias)), contract, contract_bias)
