@@ -21,8 +21,8 @@ from lopt.meta.unroll import Augment, Draw, Objective, PaperObjective
 
 ESTIMATORS: dict[str, Callable[[Stage], Estimator]] = {
     "bptt": lambda stage: TruncatedBPTT(second_order=stage.second_order),
-    "pes": lambda stage: PES(stage.sigma, stage.reuse, stage.only),
-    "es": lambda stage: ES(stage.sigma, stage.only),
+    "pes": lambda stage: PES(stage.sigma, stage.reuse),
+    "es": lambda stage: ES(stage.sigma),
 }
 
 
@@ -42,7 +42,7 @@ class Stage:
         clip: largest global norm of the meta-gradient (adam), or largest absolute entry (rmsprop).
         warmup: meta-steps over which lr grows linearly. final_lr: share of lr at the end of a cosine; 1: constant.
         objective, augment, full_loss, clock: of the worlds.
-        sigma, reuse, only: of the noise of pes and es.
+        sigma, reuse: of the noise of pes and es.
         average: decay of a moving average of the meta-parameters over the stage's second half, with which it ends; 0:
             none. Evolution strategies are noisy, and good points lie between those they visit.
         sampled: take a new world of a random mix after this many episodes, instead of all mixes in turn.
@@ -68,7 +68,6 @@ class Stage:
     second_order: bool = False
     sigma: float = 0.01
     reuse: int = 1
-    only: tuple[str, ...] = ()
     average: float = 0.0
     sampled: int = 0
 
