@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--init-lr", type=_positive, metavar="LR", help="hrnn: rate its learned rates start from")
     how.add_argument(
-        "--min-lr", type=_positive, metavar="LR", help="hrnn: bound below these (default: 0.003 with a schedule)"
+        "--min-lr", type=_positive, metavar="LR", help="hrnn: bound below these (default: the weights' own)"
     )
     how.add_argument(
         "--weight-decay",

@@ -13,12 +13,9 @@ from torch import nn
 from lopt import HRNN, backends
 from lopt.train.config import Config
 
-SCHEDULED_MIN_LR = 3e-3  # where the schedule ends at 0, learned rates need not fall so far
-
 
 def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    min_lr = config.min_lr or (None if config.schedule == "constant" else SCHEDULED_MIN_LR)
-    options = {"init_lr": config.init_lr, "min_lr": min_lr, "state_format": config.state_format}
+    options = {"init_lr": config.init_lr, "min_lr": config.min_lr, "state_format": config.state_format}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     optimizer = HRNN(
         model.parameters(),
