@@ -266,7 +266,7 @@ class Conv(Network):
         for layer in range(len(self.channels)):
             kernel, *rest = params[per_layer * layer : per_layer * (layer + 1)]
             y = convolve(x, kernel)
-            y = self.activation(_normed_maps(y, *rest) if self.norm else y + rest[0].view(-1, 1, 1))
+            y = self.activation(_normed_maps(y, *rest) if self.norm else y + rest[0].reshape(-1, 1, 1))
             x = x + y if x.shape == y.shape else y
         return affine(x.mean((-2, -1)).unflatten(1, (count, -1)).transpose(0, 1), params[-2], params[-1])
 
