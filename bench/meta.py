@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,27 +77,29 @@ def task_steps_per_second(bench: Bench, rounds: int, budget: float) -> list[floa
     return samples
 
 
+class _Saved:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved_bytes(bench: Bench) -> float:
     """What one unroll of each mix saves for its gradient, in bytes per parameter and step."""
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
     total = 0.0
     for world in bench.worlds:
-        storages.clear()
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        saved: weakref.WeakSet[_Saved] = weakref.WeakSet()  # of these, the tasks' graphs go with their step
+
+        def pack(tensor: Tensor, saved: weakref.WeakSet[_Saved] = saved) -> _Saved:
+            saved.add(one := _Saved(tensor))
+            return one
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
             flat = bench.meta.flat().detach().requires_grad_()
             named = MetaParams.from_flat(bench.meta.config, flat)
             world.restart(named)
             unroll = world.unroll(named, bench.steps, derivatives=1)
+        storages = {one.tensor.untyped_storage().data_ptr(): one.tensor.untyped_storage().nbytes() for one in saved}
         del unroll
         total += sum(storages.values()) / (bench.steps * world.rows * world.mix.segments.total)
     return total / len(bench.worlds)
