@@ -121,10 +121,9 @@ def test_network_learns_each_copy_alone_and_is_learnable(task: Task):
     grads = torch.autograd.grad(first[1], params, retain_graph=True)
     assert all(grad[0].abs().max() == 0 == grad[2].abs().max() for grad in grads)
     assert all(grad[1].abs().max() > 0 for grad in grads)
-    side_by_side = torch.cat([param.flatten(1) for param in params], -1).split(
-        task.sizes, -1
-    )  # as meta-training has them
-    views = [part.view(3, *shape) for part, shape in zip(side_by_side, task.shapes, strict=True)]
+    # Side by side, as meta-training has them.
+    parts = torch.cat([param.flatten(1) for param in params], -1).split(task.sizes, -1)
+    views = [part.view(3, *shape) for part, shape in zip(parts, task.shapes, strict=True)]
     torch.testing.assert_close(task.loss(views, data), first)
     optimizer = torch.optim.Adam(params, lr=0.03)
     for _ in range(60):

@@ -32,7 +32,15 @@ def _normed_maps(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Over the last dimension: [count, m, c], [count, c], [count, c] -> [count, m, c]."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), scale[:, None])
+    return torch.addcmul(shift[:, None], _standardised(x), scale[:, None])
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last dimension, so short that products with a constant matrix are the fastest."""
+    width = x.shape[-1]
+    mean = x.new_full((width, width), 1 / width)
+    centered = x - x @ mean
+    return centered * torch.rsqrt(centered.square() @ mean + NORM_EPS)
 
 
 class Network(Batches):
@@ -324,8 +332,7 @@ class Tokens(Network):
 class Attention(Tokens):
     """One pre-norm transformer block with one head; layer normalisation without learned scales.
 
-    Its matrices are a few numbers wide. So attention is products and sums over dimensions before the long ones, and the
-    moments of a layer normalisation are products with a constant matrix.
+    Its matrices are a few numbers wide: attention is products and sums over short dimensions in front of the long ones.
     """
 
     def layout(self) -> list[tuple[int, ...]]:
@@ -346,21 +353,15 @@ class Attention(Tokens):
     def output(self, params: Params, x: Tensor) -> Tensor:
         embeddings, positions, mix_in, mix_out, expand, expand_bias, contract, contract_bias, weight, bias = params
         d = self.width
-        mean = embeddings.new_full((d, d), 1 / d)
-
-        def normed(h: Tensor) -> Tensor:
-            centered = h - h @ mean
-            return centered * torch.rsqrt(centered.square() @ mean + NORM_EPS)
-
         h = (self.embed(embeddings, x) + 0.3 * positions[:, None]).flatten(1, 2)
-        mixed = (normed(h) @ mix_in).view(*x.shape, 3 * d).permute(3, 2, 0, 1).contiguous()  # [3 d, length, count, m]
-        query, key, value = mixed.chunk(3)
+        mixed = (_standardised(h) @ mix_in).view(*x.shape, 3 * d)
+        query, key, value = mixed.permute(3, 2, 0, 1).contiguous().chunk(3)  # [d, length, count, m]
         products = (query[:, :, None] * key[:, None]).sum(0)  # [length, length, count, m]
         shares = torch.softmax(products / math.sqrt(d), 1)
         seen = (shares * value[:, None]).sum(2).permute(2, 3, 1, 0).flatten(1, 2)
         h = h + seen @ mix_out
-        h = h + affine(F.gelu(affine(normed(h), expand, expand_bias)), contract, contract_bias)
-        return affine(normed(h).unflatten(1, x.shape[1:]).mean(2), weight, bias)
+        h = h + affine(F.gelu(affine(_standardised(h), expand, expand_bias)), contract, contract_bias)
+        return affine(_standardised(h).unflatten(1, x.shape[1:]).mean(2), weight, bias)
 
 
 class Recurrent(Tokens):
