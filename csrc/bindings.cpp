@@ -150,6 +150,8 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
   c.log_lr_max = config["log_lr_max"].cast<float>();
   c.ms_eps = config["ms_eps"].cast<float>();
   c.rms_eps = config["rms_eps"].cast<float>();
+  c.damping = config["damping"].cast<float>();
+  c.damping_decay = config["damping_decay"].cast<float>();
   c.fixed_grad_decay = config["fixed_grad_decay"].cast<float>();
   c.fixed_scale_decay = config["fixed_scale_decay"].cast<float>();
   const auto find = [](const void* context, const char* name) -> const float* {
@@ -160,14 +162,14 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
 }
 
 static void advance(const lopt::Meta& meta, bool compact, List grads, List dtypes, List maximize, List n, List numel, List hidden, List accum,
-                    List ms, List step, List tensor_hidden, List log_lr_mean, List log_lr, int64_t global_hidden,
+                    List ms, List step, List tensor_hidden, List log_lr_mean, List damping, List log_lr, int64_t global_hidden,
                     int64_t grad_scale, int64_t skip, int64_t update, int64_t attention_update, int64_t sums, int threads) {
   std::vector<lopt::AdvanceTensor> tensors(grads.size());
   for (int i = 0; i < grads.size(); i++)
     tensors[i] = {grads.address<const void>(i), lopt::Dtype(dtypes.number(i)), maximize.number(i) ? -1.f : 1.f,
                   n.number(i), numel.number(i), hidden.address<void>(i), accum.address<void>(i), ms.address<void>(i),
                   log_lr.address<float>(i), step.address<const float>(i), tensor_hidden.address<const float>(i),
-                  log_lr_mean.address<const float>(i)};
+                  log_lr_mean.address<const float>(i), damping.address<const float>(i)};
   const lopt::Advance args{&meta, compact, tensors.data(), grads.size(), pointer<const float>(global_hidden),
                            pointer<const float>(grad_scale), pointer<float>(skip), pointer<float>(update),
                            pointer<float>(attention_update), pointer<float>(sums), threads};
@@ -175,11 +177,12 @@ static void advance(const lopt::Meta& meta, bool compact, List grads, List dtype
   active().kernels->advance(args);
 }
 
-static void summarise(const lopt::Meta& meta, List numel, List step, List tensor_hidden, List log_lr_mean,
+static void summarise(const lopt::Meta& meta, List numel, List step, List tensor_hidden, List log_lr_mean, List damping,
                       int64_t global_hidden, int64_t sums, int64_t skip, int64_t scale) {
   std::vector<lopt::SummariseTensor> tensors(numel.size());
   for (int i = 0; i < numel.size(); i++)
-    tensors[i] = {numel.number(i), tensor_hidden.address<float>(i), log_lr_mean.address<float>(i), step.address<float>(i)};
+    tensors[i] = {numel.number(i), tensor_hidden.address<float>(i), log_lr_mean.address<float>(i), damping.address<float>(i),
+                  step.address<float>(i)};
   const lopt::Summarise args{&meta, pointer<const float>(sums), tensors.data(), numel.size(), pointer<float>(global_hidden),
                              pointer<const float>(skip), pointer<float>(scale)};
   const py::gil_scoped_release release;
@@ -306,6 +309,7 @@ static void gpu_advance(bool emulated, int64_t stream, const py::dict& values) {
   args.tensor_size = int(named.integer("tensor_size"));
   args.global_size = int(named.integer("global_size"));
   args.relative_to_problem = named.integer("relative_to_problem");
+  args.damped = named.integer("damped");
   args.attention = named.integer("attention");
   args.products = named.integer("products");
   args.compact = named.integer("compact");
@@ -338,6 +342,9 @@ static void gpu_summarise(bool emulated, int64_t stream, const py::dict& values)
   args.attention = named.integer("attention");
   args.global_last = named.integer("global_last");
   args.direction_eps = float(named.real("direction_eps"));
+  args.damping = float(named.real("damping"));
+  args.damping_decay = float(named.real("damping_decay"));
+  args.gradient_limit = float(named.real("gradient_limit"));
   args.global_hidden = named.address<float>("global_hidden");
   args.skip = named.address<const float>("skip");
   args.scale = named.address<float>("scale");

@@ -19,10 +19,11 @@ struct Config {
   bool relative_to_problem;  // the log lr is taken relative to the mean over all tensors, otherwise over its own
   bool global_last;          // the global GRU reads the last tensor's state instead of the mean over the tensors
   float log_lr_min, log_lr_max, ms_eps, rms_eps;
+  float damping, damping_decay;  // the former 0 without
   float fixed_grad_decay, fixed_scale_decay;  // where they are not read out of the hidden state
 
   int features() const { return 2 * kTimescales + 1 + (products ? kTimescales - 1 : 0); }
-  int columns() const { return kHidden + features() + 2 + attention; }  // of the sums
+  int columns() const { return kHidden + features() + 2 + attention + (damping > 0); }  // of the sums
   int directions() const { return 1 + attention; }
 };
 
@@ -59,7 +60,7 @@ struct AdvanceTensor {
   int64_t numel;  // parameters of the whole tensor, of which this may be a shard
   void *hidden, *accum, *ms;  // [10, n], [4, n], [4, n]; float, or as hrnn_compact.h says; updated in place
   float* log_lr;  // [n], likewise
-  const float *step, *tensor_hidden, *log_lr_mean;
+  const float *step, *tensor_hidden, *log_lr_mean, *damping;  // the last null without
 };
 
 struct Advance {
@@ -77,7 +78,7 @@ struct Advance {
 
 struct SummariseTensor {
   int64_t numel;
-  float *tensor_hidden, *log_lr_mean, *step;
+  float *tensor_hidden, *log_lr_mean, *damping, *step;  // damping null without
 };
 
 struct Summarise {

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kSerial = 8192;
-constexpr float kGradientLimit = 1e18f;   // GRADIENT_LIMIT in lopt/config.py
+constexpr float kGradientLimit = 1e18f;   // GRADIENT_LIMIT in lopt/config.py; its square is a float
 constexpr double kDirectionEps = 1e-16;   // DIRECTION_EPS
 constexpr int kLanes = kManyRegisters ? 4 : 2;
 
@@ -125,7 +125,7 @@ void for_chunks(const std::vector<Chunk>& chunks, int64_t total, int threads, Bo
 // Vectors of partial sums over a chunk.
 template <class V>
 struct Sums {
-  Vec hidden[kHidden] = {}, feature[kFeatures] = {}, direction{}, log_lr{}, attention{};
+  Vec hidden[kHidden] = {}, feature[kFeatures] = {}, direction{}, log_lr{}, attention{}, grad{};
 
   static double total(Vec lanes) {
     double sum = 0;
@@ -133,8 +133,8 @@ struct Sums {
     return sum;
   }
 
-  // To the columns of the sums table: hidden | features | direction^2 | log lr (| attention direction^2).
-  void finish(double* column) const {
+  // To the columns of the sums table: hidden | features | direction^2 | log lr (| attention direction^2) (| gradient^2).
+  void finish(double* column, bool damping) const {
     for (int i = 0; i < kHidden; i++) *column++ = total(hidden[i]);
     for (int s = 0; s < kTimescales; s++) *column++ = total(feature[kScaled + s]);
     if constexpr (V::products)
@@ -146,12 +146,14 @@ struct Sums {
     *column++ = total(direction);
     *column++ = total(log_lr);
     if constexpr (V::attention) *column++ = total(attention);
+    if (damping) *column++ = total(grad);
   }
 };
 
 struct Work {
   const Weights<float>& weights;
   float hidden_limit;
+  bool damping;
   const Injected<float>& injected;
   const AdvanceTensor& tensor;
   float factor;  // of the gradient
@@ -203,6 +205,7 @@ struct Io {
   LOPT_HD void put_ms(int s, const Number& value) { write(t.ms, s, value); }
   LOPT_HD void put_feature(int i, const Number& value) { add(sums.feature[i], value); }
   LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, 0, value), add(sums.log_lr, value); }
+  LOPT_HD void put_grad(const Number& value) { add(sums.grad, value * value); }
   LOPT_HD void put_update(const Number& direction, const Number& update) {
     write(work.update, 0, update), add(sums.direction, direction * direction);
   }
@@ -267,7 +270,7 @@ void advance_chunk(const Work& work, int64_t begin, int64_t end, double* columns
   for (; i + kLanes * kWidth <= end; i += kLanes * kWidth) advance_block<V, compact, kLanes, true>(work, i, 0, sums);
   for (; i + kWidth <= end; i += kWidth) advance_block<V, compact, 1, true>(work, i, kWidth, sums);
   if (i < end) advance_block<V, compact, 1, false>(work, i, int(end - i), sums);
-  sums.finish(columns);
+  sums.finish(columns, work.damping);
 }
 
 using AdvanceChunk = void (*)(const Work&, int64_t, int64_t, double*);
@@ -312,6 +315,8 @@ Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tens
   std::copy_n(from_global, Meta::kOutputs, bias);
   add_product(tensor.tensor_hidden, meta.from_tensor.data(), meta.config.tensor_size, Meta::kOutputs, bias);
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
+  const float momentum = meta.weights.momentum;
+  injected.rising_momentum = tensor.damping ? momentum + (1 - tensor.damping[kFactor]) * (1 - momentum) : momentum;
   injected.started = *tensor.step > 0;
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
@@ -357,7 +362,7 @@ void advance(const Advance& args) {
   for_chunks(chunks, offset.back(), args.threads, [&](int index) {
     const Chunk& chunk = chunks[index];
     const int i = chunk.tensor;
-    const Work work{meta.weights, meta.hidden_limit, injected[i], args.tensors[i], factor(chunk), args.update + offset[i],
+    const Work work{meta.weights, meta.hidden_limit, meta.config.damping > 0, injected[i], args.tensors[i], factor(chunk), args.update + offset[i],
                     args.attention_update + (meta.config.attention ? offset[i] : 0)};
     advance_chunk(work, chunk.begin, chunk.end, &partial[index * columns]);
   });
@@ -408,6 +413,16 @@ void advance_gru(const Gru& gru, const float* x, const float* injected, float* h
   for (int i = 0; i < size; i++) h[i] = update[i] * h[i] + (1 - update[i]) * candidate[i];
 }
 
+// Compares a tensor's gradient with those before: `damp` in lopt/backends/reference.py. Returns the factor of its steps.
+float damp(const Config& config, float* damping, float square) {
+  const float decay = config.damping_decay;
+  square = std::min(square, kGradientLimit * kGradientLimit);
+  damping[kTotal] = decay * damping[kTotal] + (1 - decay) * square;
+  damping[kWeight] = decay * damping[kWeight] + (1 - decay);
+  const float ratio = damping[kTotal] > 0 ? square / damping[kTotal] * damping[kWeight] : 0;
+  return damping[kFactor] = std::min(std::sqrt(ratio) / config.damping, 1.f);
+}
+
 void summarise(const Summarise& args) {
   if (*args.skip != 0) return;
   const Meta& meta = *args.meta;
@@ -427,8 +442,9 @@ void summarise(const Summarise& args) {
     }
     *tensor.log_lr_mean = means[inputs + 1];
     *tensor.step += 1;
-    args.scale[i * config.directions()] = 1 / std::sqrt(means[inputs] + kDirectionEps);
-    if (config.attention) args.scale[i * 2 + 1] = 1 / std::sqrt(means[inputs + 2] + kDirectionEps);
+    const float factor = tensor.damping ? damp(config, tensor.damping, means[columns - 1]) : 1;
+    args.scale[i * config.directions()] = factor / std::sqrt(means[inputs] + kDirectionEps);
+    if (config.attention) args.scale[i * 2 + 1] = factor / std::sqrt(means[inputs + 2] + kDirectionEps);
   }
   if (config.global_size) advance_gru(meta.global, global_input.data(), nullptr, args.global_hidden, scratch);
 }

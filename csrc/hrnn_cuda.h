@@ -12,9 +12,9 @@
 namespace lopt::gpu {
 
 #define LOPT_ADVANCE_COLUMNS(X)                                                                                        \
-  X(GRAD) X(GRAD_DTYPE) X(SIGN) X(HIDDEN) X(ACCUM) X(MS) X(LOG_LR) X(STEP) X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(SIZE)     \
-  X(NUMEL) X(OFFSET) X(CHUNK_FIRST) X(CHUNK_COUNT) X(CHUNK_SIZE)
-#define LOPT_SUMMARY_COLUMNS(X) X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(STEP) X(NUMEL)
+  X(GRAD) X(GRAD_DTYPE) X(SIGN) X(HIDDEN) X(ACCUM) X(MS) X(LOG_LR) X(STEP) X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(DAMPING)  \
+  X(SIZE) X(NUMEL) X(OFFSET) X(CHUNK_FIRST) X(CHUNK_COUNT) X(CHUNK_SIZE)
+#define LOPT_SUMMARY_COLUMNS(X) X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(DAMPING) X(STEP) X(NUMEL)
 #define LOPT_APPLY_COLUMNS(X)                                                                                          \
   X(PARAM) X(PARAM_DTYPE) X(TRUE_PARAM) X(LOG_LR_MEAN) X(SIZE) X(OFFSET) X(CHUNK_FIRST) X(CHUNK_SIZE) X(LR)            \
   X(LR_DTYPE) X(WEIGHT_DECAY)
@@ -42,7 +42,7 @@ struct Advance {
   const float *bias, *from_tensor, *from_global;
   const float* global_hidden;  // [global_size]
   int tensor_size, global_size;
-  bool relative_to_problem, attention, products;
+  bool relative_to_problem, attention, products, damped;
   bool compact;        // the format of the state
   float hidden_limit;  // of the compact format
   float gradient_limit;
@@ -64,6 +64,7 @@ struct Summarise {
   int tensor_size, global_size;
   bool attention, global_last;
   float direction_eps;
+  float damping, damping_decay, gradient_limit;  // damping 0 without
   float* global_hidden;
   const float* skip;
   float* scale;     // [tensors, 1 or 2]

@@ -40,7 +40,7 @@ constexpr int kAdvanceThreads = 128;  // of a block
 constexpr int kAdvanceBlocks = kPack == 4 ? 2 : 3;  // of a multiprocessor, at least: as many as registers allow without spills
 constexpr int kStreamThreads = 256;  // of the kernels that only pass over memory
 constexpr int kSummaryThreads = 256;
-constexpr int kSums = kHidden + kFeatures + 3;  // in the order of `Io`
+constexpr int kSums = kHidden + kFeatures + 4;  // in the order of `Io`
 
 // A block of threads. `each` calls f(thread) for all of them and then waits for all: on a GPU every thread calls it once, on
 // the host a loop does. What one call leaves to the next is in memory that the threads share.
@@ -264,6 +264,8 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
       shared.weighted[thread] += shared.weighted[thread + half];
       shared.numel[thread] += shared.numel[thread + half];
     });
+  const float momentum = reinterpret_cast<const Weights<float>*>(args.weights)->momentum;
+  const float factor = args.damped ? row.address<const float>(AdvanceColumn::DAMPING)[kFactor] : 1;
   const bool started = *row.address<const float>(AdvanceColumn::STEP) > 0;
   const int64_t n = row.number(AdvanceColumn::SIZE);
   bool keeps_all = true;
@@ -292,6 +294,7 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
     if (thread != 0) return;
     injected.keeps_all = keeps_all;
     injected.started = started;
+    injected.rising_momentum = momentum + (1 - factor) * (1 - momentum);
     injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0]
                                                     : *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
   });
@@ -426,6 +429,7 @@ struct CommonIo {
   LOPT_HD Number log_lr() const { return old_log_lr; }
   LOPT_HD void put_feature(int i, const Number& value) { add(kHidden + i, value); }
   LOPT_HD void put_log_lr(const Number& value) { write(t.log_lr, 0, value), add(kHidden + kFeatures + 1, value); }
+  LOPT_HD void put_grad(const Number& value) { add(kHidden + kFeatures + 3, value * value); }
   LOPT_HD void put_update(const Number& direction, const Number& update) {
     store_pack(Dtype::f32, t.update, at, update), add(kHidden + kFeatures, direction * direction);
   }
@@ -625,8 +629,8 @@ LOPT_HD Range advance_warps(const Warp& warp, AdvanceShared<true>& shared, const
 }
 
 // Column `j` of the sums table from the sums in the order of `Io`: hidden | features | direction^2 | log lr (| attention
-// direction^2), the log mean squares relative to their mean instead of to the last one's.
-LOPT_HD float column_of(const float* sums, int j, bool products) {
+// direction^2) (| gradient^2), the log mean squares relative to their mean instead of to the last one's.
+LOPT_HD float column_of(const float* sums, int j, bool products, bool attention) {
   const int log_ms = kHidden + kScaled + kTimescales + (products ? kTimescales - 1 : 0);
   if (j < kHidden + kTimescales) return sums[j];
   if (j < log_ms) return sums[kHidden + kProducts + j - kHidden - kTimescales];
@@ -636,7 +640,8 @@ LOPT_HD float column_of(const float* sums, int j, bool products) {
     LOPT_UNROLL for (int s = 0; s + 1 < kTimescales; s++) mean += relative[s] / kTimescales;
     return (j + 1 < log_ms + kTimescales ? relative[j - log_ms] : 0.f) - mean;
   }
-  return j == log_ms + kTimescales ? sums[kHidden + kRelativeLogLr] : sums[kHidden + kFeatures + j - log_ms - kTimescales - 1];
+  const int behind = j - log_ms - kTimescales - 1;
+  return behind < 0 ? sums[kHidden + kRelativeLogLr] : sums[kHidden + kFeatures + behind + (behind == 2 && !attention)];
 }
 
 // A structure of 4-byte words, by `threads` threads.
@@ -691,7 +696,7 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<com
     LOPT_UNROLL for (int k = 0; k < kLanes; k++) sum += shared.warps[warp].sums[i][(k + thread) % kLanes];  // by banks
     shared.parts[i][warp] = sum;
   });
-  const int columns = kHidden + kFeatures + 3 + V::attention - (args.products ? 0 : kTimescales - 1);
+  const int columns = kHidden + kFeatures + 3 + V::attention + args.damped - (args.products ? 0 : kTimescales - 1);
   block.each([&](int thread) {
     if (thread >= kSums) return;
     const float* part = shared.parts[thread];
@@ -699,7 +704,7 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<com
   });
   block.each([&](int thread) {
     if (thread >= gpu::kPartials) return;
-    args.partials[int64_t(chunk) * gpu::kPartials + thread] = thread < columns ? column_of(shared.totals, thread, args.products) : 0;
+    args.partials[int64_t(chunk) * gpu::kPartials + thread] = thread < columns ? column_of(shared.totals, thread, args.products, V::attention) : 0;
   });
   const int64_t count = row.number(AdvanceColumn::CHUNK_COUNT);
   if (!last_to_finish(block, args.tickets + index, count, shared.last)) return;
@@ -759,6 +764,15 @@ LOPT_HD void advance_gru(const B& block, SummaryShared& shared, const float* wei
   });
 }
 
+// Compares a tensor's gradient with those before: `damp` in lopt/backends/reference.py. Returns the factor of its steps.
+LOPT_HD float damp(const gpu::Summarise& args, float* damping, float square) {
+  const float decay = args.damping_decay;
+  square = fminf(square, args.gradient_limit * args.gradient_limit);
+  const float total = damping[kTotal] = decay * damping[kTotal] + (1 - decay) * square;
+  const float weight = damping[kWeight] = decay * damping[kWeight] + (1 - decay);
+  return damping[kFactor] = fminf(sqrtf(total > 0 ? square / total * weight : 0.f) / args.damping, 1.f);
+}
+
 template <class B>
 LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared& shared) {
   if (*args.skip != 0) return;
@@ -768,9 +782,12 @@ LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared
   const int size = args.tensor_size, above = args.global_size;
   float* const q = row.address<float>(SummaryColumn::TENSOR_HIDDEN);
   block.each([&](int thread) {
-    if (thread <= args.attention) {
-      const float mean = sums[args.squares + 2 * thread] / numel;
-      args.scale[int64_t(block.index) * (1 + args.attention) + thread] = 1 / sqrtf(mean + args.direction_eps);
+    if (thread == 0) {
+      const float factor = args.damping > 0 ? damp(args, row.address<float>(SummaryColumn::DAMPING), sums[args.columns - 1] / numel) : 1;
+      for (int i = 0; i <= args.attention; i++) {
+        const float mean = sums[args.squares + 2 * i] / numel;
+        args.scale[int64_t(block.index) * (1 + args.attention) + i] = factor / sqrtf(mean + args.direction_eps);
+      }
     }
     if (thread == 32) {
       *row.address<float>(SummaryColumn::LOG_LR_MEAN) = sums[args.squares + 1] / numel;

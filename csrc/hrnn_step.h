@@ -41,6 +41,7 @@ struct Variant {
 };
 
 enum Decay { kGrad, kScale };
+enum Damping { kTotal, kWeight, kFactor, kDampings };  // the numbers of a tensor's state of that name
 
 // Meta-parameters of the parameter level, as `pack` lays them out.
 template <class Real>
@@ -64,6 +65,7 @@ template <class Real>
 struct Injected {
   Real bias[3 * kGroups][kColumns];  // plus what the tensor's and the global state add
   Real relative_to;           // the mean log lr
+  Real rising_momentum;       // of the smoothed log lr where it rises: more than `momentum` after gradients that were small
   Real keep_ms[kTimescales];  // 0 where the mean squares are zero throughout the tensor: no past to average with
   bool keeps_all;             // keep_ms is 1, 1, 1, 1
   bool started;               // not the first step: the decays of which are 0
@@ -78,7 +80,7 @@ struct Math;
 
 // One step of one parameter. `Io` reads its state and takes the results, the sums over parameters included:
 //     Number grad(), log_lr(), hidden(int), accum(int), ms(int)
-//     void put_hidden(int, Number), put_accum(..), put_ms(..), put_feature(..), put_log_lr(Number),
+//     void put_hidden(int, Number), put_accum(..), put_ms(..), put_feature(..), put_log_lr(Number), put_grad(Number),
 //          put_update(Number direction, Number update), put_attention(Number direction, Number update)
 // where an update is exp(log step) * direction. Each is called once, reads before writes.
 //
@@ -121,6 +123,7 @@ struct Step {
     scale_decay = tensor.started ? M::ratio(1, bounded_exp2(scale_decay) + 1) : Number(0);
 
     const Number grad = io.grad();
+    io.put_grad(grad);
     Number log_ms[kTimescales];
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
       const Number accum = M::fma(grad_decay, io.accum(s), (1 - grad_decay) * grad);
@@ -186,7 +189,8 @@ struct Step {
       if constexpr (V::attention) attention = M::fma(h, w.attention[i], attention);
     }
     log_step = M::min(M::max(log_step, w.log_lr_min), w.log_lr_max);
-    io.put_log_lr(M::fma(w.momentum, log_lr - log_step, log_step));
+    const Number fall = log_lr - log_step;
+    io.put_log_lr(M::min(M::fma(w.momentum, fall, log_step), M::fma(tensor.rising_momentum, fall, log_step)));
     const Number step = M::exp2(M::fma(log_step, kLog2E, w.log2_step_offset));
     io.put_update(direction, step * direction);
     if constexpr (V::attention) io.put_attention(attention, step * attention * w.attention_factor);

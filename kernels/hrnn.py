@@ -60,6 +60,7 @@ BIAS_UPDATE = tl.constexpr(12)
 BIASES = tl.constexpr(32)
 RELATIVE_TO = tl.constexpr(32)  # mean log lr
 STARTED = tl.constexpr(33)  # 0 in the first step, whose decays are 0
+RISING_MOMENTUM = tl.constexpr(34)  # of the smoothed log lr where it rises: more after gradients that were small
 KEEP = tl.constexpr(36)  # [TIMESCALES] 0 where the mean squares are zero throughout: no past to average with
 SHARED = tl.constexpr(40)
 
@@ -74,6 +75,7 @@ LOG_LR = tl.constexpr(AdvanceColumn.LOG_LR.value)
 STEP = tl.constexpr(AdvanceColumn.STEP.value)
 TENSOR_HIDDEN = tl.constexpr(AdvanceColumn.TENSOR_HIDDEN.value)
 LOG_LR_MEAN = tl.constexpr(AdvanceColumn.LOG_LR_MEAN.value)
+DAMPING_STATE = tl.constexpr(AdvanceColumn.DAMPING.value)
 SIZE = tl.constexpr(AdvanceColumn.SIZE.value)
 NUMEL = tl.constexpr(AdvanceColumn.NUMEL.value)
 OFFSET = tl.constexpr(AdvanceColumn.OFFSET.value)
@@ -82,6 +84,7 @@ CHUNK_COUNT = tl.constexpr(AdvanceColumn.CHUNK_COUNT.value)
 CHUNK_SIZE = tl.constexpr(AdvanceColumn.CHUNK_SIZE.value)
 SUMMARY_TENSOR_HIDDEN = tl.constexpr(SummaryColumn.TENSOR_HIDDEN.value)
 SUMMARY_LOG_LR_MEAN = tl.constexpr(SummaryColumn.LOG_LR_MEAN.value)
+SUMMARY_DAMPING = tl.constexpr(SummaryColumn.DAMPING.value)
 SUMMARY_STEP = tl.constexpr(SummaryColumn.STEP.value)
 SUMMARY_NUMEL = tl.constexpr(SummaryColumn.NUMEL.value)
 PARAM = tl.constexpr(ApplyColumn.PARAM.value)
@@ -314,6 +317,7 @@ def prepare(
     tensors,
     chunks,
     shared,
+    weights,
     bias,
     from_tensor,
     from_global,
@@ -324,6 +328,7 @@ def prepare(
     TENSOR_SIZE: tl.constexpr,
     GLOBAL_SIZE: tl.constexpr,
     PROBLEM: tl.constexpr,
+    DAMPED: tl.constexpr,
     COMPACT: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -332,7 +337,7 @@ def prepare(
 
     table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
-    bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
+    weights: [WEIGHTS]. bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
     skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
     PROBLEM: the log lr is taken relative to the mean over all tensors, otherwise over its own.
@@ -345,6 +350,7 @@ def prepare(
             tensors,
             program,
             shared,
+            weights,
             bias,
             from_tensor,
             from_global,
@@ -352,6 +358,7 @@ def prepare(
             TENSOR_SIZE,
             GLOBAL_SIZE,
             PROBLEM,
+            DAMPED,
             COMPACT,
         )
     elif tl.load(skip) == 0:
@@ -377,6 +384,7 @@ def share(
     tensors,
     tensor,
     shared,
+    weights,
     bias,
     from_tensor,
     from_global,
@@ -384,6 +392,7 @@ def share(
     TENSOR_SIZE: tl.constexpr,
     GLOBAL_SIZE: tl.constexpr,
     PROBLEM: tl.constexpr,
+    DAMPED: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
     """Write a tensor's row of `shared` from the tensor and global states before the step."""
@@ -418,6 +427,11 @@ def share(
     else:
         relative_to = tl.load(floats(column(table, LOG_LR_MEAN, tensors, tensor)))
     tl.store(row + RELATIVE_TO, relative_to)
+    momentum = tl.load(weights + SCALARS + 3)
+    if DAMPED:
+        factor = tl.load(floats(column(table, DAMPING_STATE, tensors, tensor)) + 2)
+        momentum += (1.0 - factor) * (1.0 - momentum)
+    tl.store(row + RISING_MOMENTUM, momentum)
 
     started = tl.load(floats(column(table, STEP, tensors, tensor))) > 0
     tl.store(row + STARTED, started.to(tl.float32))
@@ -609,6 +623,7 @@ def advance_tile(
     attention_update,
     KIND: tl.constexpr,
     ATTENTION: tl.constexpr,
+    DAMPED: tl.constexpr,
     GRADIENT_SHORTCUT: tl.constexpr,
     COUNT: tl.constexpr,
     COMPACT: tl.constexpr,
@@ -617,7 +632,8 @@ def advance_tile(
 ):
     """Advance `count` <= BLOCK parameters from `start` on; returns `totals` with them added.
 
-    totals: [THREADS] vectors: hidden state, features, direction^2, log lr, attention direction^2.
+    totals: [THREADS] vectors: hidden state, features, direction^2, log lr; with ATTENTION its direction^2; if DAMPED
+    gradient^2.
     tensor: addresses of grad (and its kind), hidden, accum, ms, log_lr, the last a pointer; each row has n numbers.
     """
     offset = tl.arange(0, BLOCK)
@@ -667,7 +683,8 @@ def advance_tile(
     offset2, attention_factor, _, _ = load_four(weights, SCALARS + 4)
     low, high, _, _ = load_four(weights, SCALARS + 8)
     log_step = tl.minimum(tl.maximum(log_step, low), high)
-    log_lr = momentum * (log_lr - log_step) + log_step
+    fall = log_lr - log_step
+    log_lr = tl.minimum(momentum * fall + log_step, tl.load(shared + RISING_MOMENTUM) * fall + log_step)
     tl.store(tensor[5] + start + offset, log_lr, mask=mask)
     step = exp2(log_step * 1.4426950408889634 + offset2)
     tl.store(update + start + offset, step * direction, mask=mask)
@@ -679,12 +696,14 @@ def advance_tile(
     if ATTENTION:
         tl.store(attention_update + start + offset, (step * attention_factor) * attention, mask=mask)
         new_totals = new_totals + (accumulate(totals[COUNT + 2], attention * attention, exists, THREADS),)
+    if DAMPED:
+        new_totals = new_totals + (accumulate(totals[COUNT + 2 + ATTENTION], grad * grad, exists, THREADS),)
     return new_totals
 
 
 @inlined
-def store_partials(partials, totals, ATTENTION: tl.constexpr, COUNT: tl.constexpr):
-    """Sums over a chunk in the order of the sums table: hidden, features, direction^2, log lr, attention direction^2.
+def store_partials(partials, totals, OTHERS: tl.constexpr, COUNT: tl.constexpr):
+    """Sums over a chunk in the order of the sums table: hidden, features, then OTHERS as in `totals`.
 
     The kernel's features are in another order, and their logs relative to the last timescale's instead of to the mean.
     """
@@ -704,7 +723,7 @@ def store_partials(partials, totals, ATTENTION: tl.constexpr, COUNT: tl.constexp
         tl.store(partials + at + s, log_ms[s] - mean)
     tl.store(partials + at + 3, -mean)
     tl.store(partials + at + 4, tl.sum(totals[HIDDEN + 7], 0))
-    for i in tl.static_range(2 + ATTENTION):
+    for i in tl.static_range(OTHERS):
         tl.store(partials + at + 5 + i, tl.sum(totals[COUNT + i], 0))
 
 
@@ -740,6 +759,7 @@ def advance(
     sums,
     KIND: tl.constexpr,
     ATTENTION: tl.constexpr,
+    DAMPED: tl.constexpr,
     GRADIENT_SHORTCUT: tl.constexpr,
     COUNT: tl.constexpr,
     COMPACT: tl.constexpr,
@@ -775,7 +795,7 @@ def advance(
     if ATTENTION:
         attention_update += shift
     totals = ()
-    for _ in tl.static_range(COUNT + 2 + ATTENTION):
+    for _ in tl.static_range(COUNT + 2 + ATTENTION + DAMPED):
         totals = totals + (tl.zeros([THREADS], tl.float32),)
     for start in range(begin, end, BLOCK):
         totals = advance_tile(
@@ -791,16 +811,17 @@ def advance(
             attention_update,
             KIND,
             ATTENTION,
+            DAMPED,
             GRADIENT_SHORTCUT,
             COUNT,
             COMPACT,
             BLOCK,
             THREADS,
         )
-    store_partials(partials + chunk.to(tl.int64) * PARTIALS, totals, ATTENTION, COUNT)
+    store_partials(partials + chunk.to(tl.int64) * PARTIALS, totals, 2 + ATTENTION + DAMPED, COUNT)
     count = column(table, CHUNK_COUNT, tensors, tensor)
     if last_to_finish(tickets + tensor, count):
-        columns = COUNT + 3 + ATTENTION
+        columns = COUNT + 3 + ATTENTION + DAMPED
         add_partials(partials + first * PARTIALS, count.to(tl.int32), sums + tensor.to(tl.int64) * columns, columns)
         tl.store(tickets + tensor, 0)
 
@@ -854,6 +875,24 @@ def gru(
     return update * old + (1.0 - update) * (2.0 * tl.sigmoid(2.0 * candidate) - 1.0)
 
 
+@inlined
+def damp(damping, square, DAMPING: tl.constexpr, DECAY: tl.constexpr, LIMIT: tl.constexpr):
+    """Factor of a tensor's steps from the mean square of its gradient and those before.
+
+    damping: [3] moving sum of mean squares, moving sum of their weights, factor; updated.
+    """
+    square = tl.minimum(square, LIMIT * LIMIT)
+    total = DECAY * tl.load(damping) + (1.0 - DECAY) * square
+    weight = DECAY * tl.load(damping + 1) + (1.0 - DECAY)
+    tl.debug_barrier()  # every thread has read them
+    ratio = tl.where(total > 0, square / total * weight, 0.0)
+    factor = tl.minimum(tl.sqrt(ratio) / DAMPING, 1.0)
+    tl.store(damping, total)
+    tl.store(damping + 1, weight)
+    tl.store(damping + 2, factor)
+    return factor
+
+
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
 def summarise(
     table,
@@ -866,6 +905,9 @@ def summarise(
     scratch,
     ticket,
     EPS: tl.constexpr,
+    DAMPING: tl.constexpr,
+    DAMPING_DECAY: tl.constexpr,
+    LIMIT: tl.constexpr,
     INPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -881,6 +923,7 @@ def summarise(
     levels: weights of the tensor GRU, then of the global one. skip: [] other than 0: nothing is changed.
     scale: [tensors, 1 + ATTENTION], written. scratch: [tensors, 2, WIDTH]. ticket: int32 [], zero before and after.
     LAST: the global GRU reads the last tensor's state instead of the mean over the tensors.
+    DAMPING, DAMPING_DECAY: of the configuration. LIMIT: of gradients.
     """
     if tl.load(skip) != 0:
         return
@@ -888,9 +931,13 @@ def summarise(
     row = sums + tensor.to(tl.int64) * COLUMNS
     own = scratch + tensor.to(tl.int64) * (2 * WIDTH)
     numel = column(table, SUMMARY_NUMEL, tensors, tensor).to(tl.float32)
+    factor = 1.0
+    if DAMPING > 0:
+        damping = floats(column(table, SUMMARY_DAMPING, tensors, tensor))
+        factor = damp(damping, tl.load(row + COLUMNS - 1) / numel, DAMPING, DAMPING_DECAY, LIMIT)
     for i in tl.static_range(1 + ATTENTION):
         mean = tl.load(row + SQUARES + 2 * i) / numel
-        tl.store(scale + tensor * (1 + ATTENTION) + i, 1.0 / tl.sqrt(mean + EPS))
+        tl.store(scale + tensor * (1 + ATTENTION) + i, factor / tl.sqrt(mean + EPS))
     tl.store(floats(column(table, SUMMARY_LOG_LR_MEAN, tensors, tensor)), tl.load(row + SQUARES + 1) / numel)
     step = floats(column(table, SUMMARY_STEP, tensors, tensor))
     before = tl.load(step)

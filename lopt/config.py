@@ -45,6 +45,11 @@ class HRNNConfig:
         log_lr_min, log_lr_max: bounds of the log lr. The gradient passes the clip as if it were not there.
         ms_eps: added to the squared average inside the moving mean square.
         rms_eps: added to the mean square under the root and in its logarithm.
+        damping: a tensor whose gradient's root mean square is below this share of its own moving average takes steps
+            shorter in proportion, and its learning rates rise slower by the same factor. A direction has the same
+            length however small the gradient is, and what is learned of past gradients fades in tens of steps: where a
+            loss has almost vanished, damping is what keeps it there. 0: none, as in the paper.
+        damping_decay: of that moving average.
         init_lr_range: meta-training draws initial learning rates log-uniformly around this range.
         global_input: what the global GRU reads of the tensors' new states: their "mean" (the paper), or the "last"
             tensor's alone (what the original code does; the result then depends on the order of the tensors).
@@ -72,6 +77,8 @@ class HRNNConfig:
     log_lr_max: float = 33.0
     ms_eps: float = 1e-12
     rms_eps: float = 1e-16
+    damping: float = 0.0
+    damping_decay: float = 0.99
     init_lr_range: tuple[float, float] = (1e-6, 1e-2)
     global_input: GlobalInput = "mean"
 
@@ -99,13 +106,11 @@ class HRNNConfig:
         if not self.dynamic_output_scale:
             reading = [
                 f"{name}={getattr(self, name)!r}"
-                for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut")
+                for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut", "damping")
                 if getattr(self, name)
             ]
             if reading:
-                raise ValueError(
-                    f"{', '.join(reading)} needs dynamic_output_scale=True: without it there is no log lr to read"
-                )
+                raise ValueError(f"{', '.join(reading)} needs dynamic_output_scale=True: without it there is no log lr")
         if not (
             math.isfinite(self.log_lr_min) and math.isfinite(self.log_lr_max) and self.log_lr_min < self.log_lr_max
         ):
@@ -117,6 +122,10 @@ class HRNNConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.ms_eps == self.rms_eps == 0:
             raise ValueError("ms_eps and rms_eps cannot both be 0: a zero gradient would divide by zero")
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"damping must be in [0, 1], got {self.damping}")
+        if not 0 <= self.damping_decay < 1:
+            raise ValueError(f"damping_decay must be in [0, 1), got {self.damping_decay}")
         low_high = self.init_lr_range
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] < math.inf:
             raise ValueError(f"init_lr_range must be two numbers 0 < low <= high, got {low_high}")

@@ -574,7 +574,9 @@ class HRNN(Optimizer):
             skip.copy_(found_inf.reshape(()))
         if grad_scale is not None:
             grad_scale = grad_scale.to(device=device, dtype=torch.float32).reshape(())
-        tensor_hidden, log_lr_mean = columns.get("tensor_hidden", ()), columns.get("log_lr_mean", ())
+        tensor_hidden, log_lr_mean, damping = (
+            columns.get(name, ()) for name in ("tensor_hidden", "log_lr_mean", "damping")
+        )
         global_hidden = columns["global_hidden"][0] if "global_hidden" in columns else skip.new_empty(0)
         backend.advance(
             meta,
@@ -587,6 +589,7 @@ class HRNN(Optimizer):
             tensor_hidden,
             global_hidden,
             log_lr_mean,
+            damping,
             numel=numel,
             maximize=[group["maximize"] for group in groups],
             grad_scale=grad_scale,
@@ -598,7 +601,16 @@ class HRNN(Optimizer):
         if shards is not None:
             shards.sum(plan.sums)
         backend.summarise(
-            meta, plan.sums, tensor_hidden, global_hidden, log_lr_mean, step, numel=numel, skip=skip, scale=plan.scale
+            meta,
+            plan.sums,
+            tensor_hidden,
+            global_hidden,
+            log_lr_mean,
+            damping,
+            step,
+            numel=numel,
+            skip=skip,
+            scale=plan.scale,
         )
         backend.apply(
             meta,

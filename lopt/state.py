@@ -20,6 +20,7 @@ from lopt.config import HRNNConfig
 from lopt.metaparams import MetaParams
 
 FORMATS = ("float32", "compact")
+UNDAMPED = (0.0, 0.0, 1.0)  # `damping` before the first step: moving sum of mean squares, of their weights; factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ ROWS = (
     Row("true_param", "parameter", lambda config: None, lambda config: config.attention),
     Row("tensor_hidden", "tensor", lambda config: config.tensor_size, lambda config: config.levels >= 2),
     Row("log_lr_mean", "tensor", lambda config: None, lambda config: config.dynamic_output_scale),
+    Row("damping", "tensor", lambda config: 3, lambda config: config.damping > 0),
     Row("step", "tensor", lambda config: None),
     Row("global_hidden", "model", lambda config: config.global_size, lambda config: config.levels >= 3),
 )
@@ -112,6 +114,8 @@ def init_state(
     if config.dynamic_output_scale:
         state["log_lr"].fill_(log_lr)
         state["log_lr_mean"] = torch.full((), log_lr, dtype=dtype, device=device)
+    if config.damping:
+        state["damping"] = torch.tensor(UNDAMPED, dtype=dtype, device=device)
     if config.attention:
         state["true_param"].copy_(param)
     if config.levels >= 2:

@@ -84,6 +84,8 @@ def _pack(meta: MetaParams) -> Any:
         "log_lr_max": config.log_lr_max,
         "ms_eps": config.ms_eps,
         "rms_eps": config.rms_eps,
+        "damping": config.damping,
+        "damping_decay": config.damping_decay,
         "fixed_grad_decay": FIXED_GRAD_DECAY,
         "fixed_scale_decay": FIXED_SCALE_DECAY,
     }
@@ -152,6 +154,7 @@ def advance(
     tensor_hidden: Sequence[Tensor],
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
+    damping: Sequence[Tensor],
     *,
     numel: Sequence[int],
     maximize: Sequence[bool],
@@ -163,7 +166,7 @@ def advance(
 ) -> None:
     """Stage 1, per parameter; see `lopt.backends.reference.advance`."""
     kept = _advanced(sums)
-    state = kept(hidden, accum, ms, step, tensor_hidden, log_lr_mean, log_lr)
+    state = kept(hidden, accum, ms, step, tensor_hidden, log_lr_mean, damping, log_lr)
     dtypes = list(map(DTYPES.get, map(_dtype, grads)))
     if None in dtypes or list(map(Tensor.stride, grads)) != kept.strides:
         grads = _ordered(grads, log_lr)
@@ -194,6 +197,7 @@ def summarise(
     tensor_hidden: Sequence[Tensor],
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
+    damping: Sequence[Tensor],
     step: Sequence[Tensor],
     *,
     numel: Sequence[int],
@@ -204,7 +208,7 @@ def summarise(
     native.load().summarise(
         _pack(meta),
         list(numel),
-        *_summarised(scale)(step, tensor_hidden, log_lr_mean),
+        *_summarised(scale)(step, tensor_hidden, log_lr_mean, damping),
         global_hidden.data_ptr(),
         sums.data_ptr(),
         skip.data_ptr(),

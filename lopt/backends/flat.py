@@ -160,7 +160,7 @@ class Kernels:
             config.log_lr_max,
             config.ms_eps,
             config.rms_eps,
-            reference.sums_columns(config).count,
+            reference.sums_columns(dataclasses.replace(config, damping=0.0)).count,
         )
         outputs = _Advance.apply(
             self,
@@ -177,7 +177,8 @@ class Kernels:
             rows(state.scale_decay, n),
             rows(state.log_lr, n),
         )
-        return Advanced(*outputs)
+        advanced = Advanced(*outputs)
+        return advanced if state.damping is None else _damped(advanced, config, segments, grad, state)
 
     def _fused(self, meta: Meta, config: HRNNConfig, grad: Tensor, state: FlatState) -> bool:
         """Whether the kernels do it."""
@@ -222,6 +223,16 @@ class Kernels:
             ],
             -1,
         )
+
+
+def _damped(new: Advanced, config: HRNNConfig, segments: Segments, grad: Tensor, state: FlatState) -> Advanced:
+    """What damping changes of a step: log lrs rise slower, and there is a sum more."""
+    assert new.log_lr is not None and state.log_lr is not None and state.damping is not None
+    rise, column = new.log_lr - state.log_lr, reference.sums_columns(config).log_lr
+    log_lr = state.log_lr + torch.minimum(rise, segments.expand(state.damping[..., 2]) * rise)
+    own = segments.sum(torch.stack([log_lr, grad.square()], -2)).mT
+    sums = torch.cat([new.sums[..., :column], own[..., :1], new.sums[..., column + 1 :], own[..., 1:]], -1)
+    return new._replace(log_lr=log_lr, sums=sums)
 
 
 def read_decays(meta: Meta, config: HRNNConfig, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,12 +50,13 @@ class AdvanceColumn(enum.IntEnum):
     STEP = 7
     TENSOR_HIDDEN = 8
     LOG_LR_MEAN = 9
-    SIZE = 10  # parameters here
-    NUMEL = 11  # parameters of the whole tensor, of which this may be a shard
-    OFFSET = 12  # of the tensor in `update`
-    CHUNK_FIRST = 13
-    CHUNK_COUNT = 14
-    CHUNK_SIZE = 15  # parameters
+    DAMPING = 10  # anything without
+    SIZE = 11  # parameters here
+    NUMEL = 12  # parameters of the whole tensor, of which this may be a shard
+    OFFSET = 13  # of the tensor in `update`
+    CHUNK_FIRST = 14
+    CHUNK_COUNT = 15
+    CHUNK_SIZE = 16  # parameters
 
 
 class SummaryColumn(enum.IntEnum):
@@ -63,8 +64,9 @@ class SummaryColumn(enum.IntEnum):
 
     TENSOR_HIDDEN = 0
     LOG_LR_MEAN = 1
-    STEP = 2
-    NUMEL = 3
+    DAMPING = 2  # anything without
+    STEP = 3
+    NUMEL = 4
 
 
 class ApplyColumn(enum.IntEnum):
@@ -516,6 +518,7 @@ class Stages:
         tensor_hidden: Sequence[Tensor],
         global_hidden: Tensor,
         log_lr_mean: Sequence[Tensor],
+        damping: Sequence[Tensor],
         *,
         numel: list[int],
         maximize: Sequence[bool],
@@ -535,6 +538,7 @@ class Stages:
             AdvanceColumn.STEP: step,
             AdvanceColumn.TENSOR_HIDDEN: tensor_hidden or step,
             AdvanceColumn.LOG_LR_MEAN: log_lr_mean,
+            AdvanceColumn.DAMPING: damping or step,
         }
         with torch.cuda.device_of(sums):
             kept = self._keep(
@@ -560,6 +564,7 @@ class Stages:
         tensor_hidden: Sequence[Tensor],
         global_hidden: Tensor,
         log_lr_mean: Sequence[Tensor],
+        damping: Sequence[Tensor],
         step: Sequence[Tensor],
         *,
         numel: list[int],
@@ -570,6 +575,7 @@ class Stages:
         state: dict[int, Sequence[Tensor]] = {
             SummaryColumn.TENSOR_HIDDEN: tensor_hidden or step,
             SummaryColumn.LOG_LR_MEAN: log_lr_mean,
+            SummaryColumn.DAMPING: damping or step,
             SummaryColumn.STEP: step,
         }
         with torch.cuda.device_of(sums):

@@ -32,6 +32,7 @@ from lopt.config import (
     HRNNConfig,
 )
 from lopt.metaparams import MetaParams
+from lopt.state import UNDAMPED
 
 STATE_FORMATS = ("float32", "compact")
 
@@ -113,6 +114,7 @@ class FlatState(NamedTuple):
     log_lr_mean: Tensor | None  # [*B, T]
     tensor_hidden: Tensor | None  # [*B, T, H1]
     global_hidden: Tensor | None  # [*B, H2]
+    damping: Tensor | None = None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
 
     def detach(self) -> FlatState:
         """The same numbers, cut from the graph: what truncation between unrolls does."""
@@ -128,14 +130,17 @@ class Sums:
     direction: int
     log_lr: int
     attention: int | None
+    grad: int | None
     count: int
 
 
 def sums_columns(config: HRNNConfig) -> Sums:
-    """Where each sum stands: hidden, features, direction^2, log lr and, with attention, attention direction^2."""
+    """Where each sum stands: hidden, features, direction^2, log lr; with attention its direction^2; damped gradient^2."""
     h0, d = config.hidden_size, config.num_features
     attention = h0 + d + 2 if config.attention else None
-    return Sums(slice(0, h0), slice(h0, h0 + d), h0 + d, h0 + d + 1, attention, h0 + d + 2 + config.attention)
+    count = h0 + d + 2 + config.attention
+    grad = count if config.damping else None
+    return Sums(slice(0, h0), slice(h0, h0 + d), h0 + d, h0 + d + 1, attention, grad, count + bool(config.damping))
 
 
 def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: Tensor) -> FlatState:
@@ -159,6 +164,7 @@ def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: 
         log_lr_mean=segments.mean(log_lr) if config.dynamic_output_scale else None,
         tensor_hidden=_level_init(meta, 1, (*batch, tensors, config.tensor_size)) if config.levels >= 2 else None,
         global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
+        damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, 3) if config.damping else None,
     )
 
 
@@ -350,12 +356,16 @@ def advance_flat(
         # The value is clipped, the gradient passes as if it were not.
         log_step = log_step + (log_step.clamp(config.log_lr_min, config.log_lr_max) - log_step).detach()
         momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
+        if state.damping is not None:
+            rising = momentum + (1 - segments.expand(state.damping[..., 2])) * (1 - momentum)
+            momentum = torch.where(log_step > log_lr, rising, momentum)
         log_lr = momentum * log_lr + (1 - momentum) * log_step
         update = torch.exp(log_step + meta["log_step.offset"][..., None]) * update
         if attention_update is not None:
             attention_update = torch.exp(log_step) * attention_update
     rows = [hidden, x, squares[0][..., None, :], (zeros if log_lr is None else log_lr)[..., None, :]]
     rows += [square[..., None, :] for square in squares[1:]]
+    rows += [grad.square()[..., None, :]] if config.damping else []
     sums = segments.sum(torch.cat(rows, -2)).mT
     return Advanced(hidden, accum, ms, log_lr, update, attention_update, sums)
 
@@ -366,7 +376,26 @@ class Summary(NamedTuple):
     tensor_hidden: Tensor | None  # [*B, T, H1]
     global_hidden: Tensor | None  # [*B, H2]
     log_lr_mean: Tensor | None  # [*B, T]
-    scale: Tensor  # [*B, T, 1], with attention [*B, T, 2]: 1 / root mean square of the direction
+    damping: Tensor | None  # [*B, T, 3]
+    scale: Tensor  # [*B, T, 1], with attention [*B, T, 2]: 1 / root mean square of the direction, damped
+
+
+def damp(config: HRNNConfig, damping: Tensor, square: Tensor) -> Tensor:
+    """Compare gradients with those before.
+
+    Args:
+        damping: [*B, T, 3] before the step. square: [*B, T] mean square of each tensor's gradient.
+
+    Returns:
+        [*B, T, 3]: moving sum of the mean squares, moving sum of their weights, factor of the tensor's steps.
+    """
+    decay, square = config.damping_decay, square.clamp(max=GRADIENT_LIMIT**2)
+    total = decay * damping[..., 0] + (1 - decay) * square
+    weight = decay * damping[..., 1] + (1 - decay)
+    some = square > 0  # the root's slope at 0 is infinite
+    ratio = torch.where(some, square, 1.0) / torch.where(some, total, 1.0) * weight
+    factor = (torch.sqrt(ratio) / config.damping).clamp(max=1.0)
+    return torch.stack([total, weight, torch.where(some, factor, 0.0)], -1)
 
 
 def summarise_flat(
@@ -376,13 +405,14 @@ def summarise_flat(
     numel: Tensor,
     tensor_hidden: Tensor | None,
     global_hidden: Tensor | None,
+    damping: Tensor | None = None,
 ) -> Summary:
     """Per tensor: GRU over the means of hidden state and features; once: the global GRU over the tensors' new states.
 
     Args:
         meta: meta-parameters. config: their architecture.
         sums: [*B, T, K] of `advance_flat`. numel: [T] parameters of each tensor.
-        tensor_hidden: [*B, T, H1], global_hidden: [*B, H2]; both before the step.
+        tensor_hidden: [*B, T, H1], global_hidden: [*B, H2], damping: [*B, T, 3]; all before the step.
     """
     columns = sums_columns(config)
     means = sums / numel[:, None]
@@ -402,7 +432,11 @@ def summarise_flat(
     squares = torch.stack([means[..., column] for column in directions], -1)
     dynamic = config.dynamic_output_scale
     scale = 1 / torch.sqrt(squares + DIRECTION_EPS) if dynamic else torch.ones_like(squares)
-    return Summary(tensor_hidden, global_hidden, means[..., columns.log_lr] if dynamic else None, scale)
+    if damping is not None:
+        assert columns.grad is not None
+        damping = damp(config, damping, means[..., columns.grad])
+        scale = scale * damping[..., 2:]
+    return Summary(tensor_hidden, global_hidden, means[..., columns.log_lr] if dynamic else None, damping, scale)
 
 
 def step(
@@ -420,7 +454,9 @@ def step(
         without attention; the new state.
     """
     new = advance_flat(meta, config, segments, grad, state)
-    summary = summarise_flat(meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden)
+    summary = summarise_flat(
+        meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden, state.damping
+    )
     factor = segments.expand(summary.scale.mT)
     moved = param - factor[..., 0, :] * new.update
     attended = moved if new.attention_update is None else param - factor[..., 1, :] * new.attention_update
@@ -438,6 +474,7 @@ def step(
             summary.log_lr_mean,
             summary.tensor_hidden,
             summary.global_hidden,
+            summary.damping,
         ),
     )
 
@@ -481,6 +518,7 @@ def advance(
     tensor_hidden: Sequence[Tensor],
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
+    damping: Sequence[Tensor],
     *,
     numel: Sequence[int],
     maximize: Sequence[bool],
@@ -497,7 +535,8 @@ def advance(
         grads: T gradients, any floating dtype and strides; they are not written.
         hidden, accum, ms, log_lr: per-parameter state, updated in place, in either format of lopt/state.py; `log_lr` is
             empty without a learned log lr.
-        step, tensor_hidden, global_hidden, log_lr_mean: the other state, before the step.
+        step, tensor_hidden, global_hidden, log_lr_mean, damping: the other state, before the step; the last is empty
+            without damping.
         numel: parameters of each whole tensor.
         maximize: per tensor, whether to climb.
         grad_scale: [] what the gradients were multiplied with, or None.
@@ -533,6 +572,7 @@ def advance(
         log_lr_mean=torch.stack(list(log_lr_mean)) if log_lr else None,
         tensor_hidden=torch.stack(list(tensor_hidden)) if tensor_hidden else None,
         global_hidden=global_hidden if config.levels >= 3 else None,
+        damping=torch.stack(list(damping)) if damping else None,
     )
     new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0
@@ -557,6 +597,7 @@ def summarise(
     tensor_hidden: Sequence[Tensor],
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
+    damping: Sequence[Tensor],
     step: Sequence[Tensor],
     *,
     numel: Sequence[int],
@@ -568,10 +609,10 @@ def summarise(
     Args:
         meta: meta-parameters.
         sums: [T, K] of `advance`.
-        tensor_hidden, global_hidden, log_lr_mean, step: updated in place.
+        tensor_hidden, global_hidden, log_lr_mean, damping, step: updated in place.
         numel: parameters of each whole tensor.
         skip: [] other than 0: nothing is changed.
-        scale: [T, 1 or 2], written: 1 / root mean square of the (attention) direction.
+        scale: [T, 1 or 2], written: 1 / root mean square of the (attention) direction, damped.
     """
     config = meta.config
     meta = meta.to(dtype=sums.dtype, device=sums.device)
@@ -582,6 +623,7 @@ def summarise(
         torch.tensor(numel, device=sums.device),
         torch.stack(list(tensor_hidden)) if tensor_hidden else None,
         global_hidden if config.levels >= 3 else None,
+        torch.stack(list(damping)) if damping else None,
     )
     keep = skip != 0
     for index, count in enumerate(step):
@@ -589,6 +631,8 @@ def summarise(
             _commit([tensor_hidden[index]], summary.tensor_hidden[index], keep)
         if summary.log_lr_mean is not None:
             _commit([log_lr_mean[index]], summary.log_lr_mean[index, None], keep)
+        if summary.damping is not None:
+            _commit([damping[index]], summary.damping[index], keep)
         count += (~keep).to(count.dtype)
     if summary.global_hidden is not None:
         _commit([global_hidden], summary.global_hidden, keep)

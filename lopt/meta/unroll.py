@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
-from lopt.backends.reference import Advanced, FlatState, Segments, affine, gru, sums_columns
+from lopt.backends.reference import Advanced, FlatState, Segments, affine, damp, gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.meta.tasks.base import Data, Random, Task
+from lopt.state import UNDAMPED
 from lopt.train.group import ALONE, Group
 
 Meta = Mapping[str, Tensor]
@@ -212,11 +213,15 @@ class Mix:
                     else tensor_hidden[..., self._last, :]
                 )
                 global_hidden = gru(meta, "level2", inputs, global_hidden, None, columns=False)
-        moved = theta - self._factor(means[..., columns.direction]) * new.update
+        damping = state.damping
+        if damping is not None:
+            assert columns.grad is not None
+            damping = damp(config, damping, means[..., columns.grad])
+        moved = theta - self._factor(means[..., columns.direction], damping) * new.update
         attended = moved
         if new.attention_update is not None:
             assert columns.attention is not None
-            attended = theta - self._factor(means[..., columns.attention]) * new.attention_update
+            attended = theta - self._factor(means[..., columns.attention], damping) * new.attention_update
         grad_decay, scale_decay = read_decays(meta, config, new.hidden)
         log_lr_mean = means[..., columns.log_lr] if config.dynamic_output_scale else None
         return (
@@ -232,12 +237,16 @@ class Mix:
                 log_lr_mean,
                 tensor_hidden,
                 global_hidden,
+                damping,
             ),
         )
 
-    def _factor(self, square: Tensor) -> Tensor | float:
-        """[R, T] mean square of the direction -> [R, n]."""
-        return self.segments.expand(1 / torch.sqrt(square + DIRECTION_EPS)) if self.config.dynamic_output_scale else 1.0
+    def _factor(self, square: Tensor, damping: Tensor | None) -> Tensor | float:
+        """[R, T] mean square of the direction, [R, T, 3] -> [R, n]."""
+        if not self.config.dynamic_output_scale:
+            return 1.0
+        factor = 1 / torch.sqrt(square + DIRECTION_EPS)
+        return self.segments.expand(factor if damping is None else factor * damping[..., 2])
 
     def _relative_to(self, log_lr_mean: Tensor | None) -> Tensor | None:
         """[R, T] -> [R, T], what each tensor's log lr is measured from."""
@@ -473,6 +482,7 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
         zeros(tensors) if dynamic else None,
         zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
         zeros(len(mix), config.global_size) if config.levels >= 3 else None,
+        zeros(tensors, len(UNDAMPED)) if config.damping else None,
     )
 
 
@@ -507,4 +517,7 @@ def restart_state(
         global_hidden=None
         if state.global_hidden is None
         else torch.where(restarted[:, None], meta["level2.init"][..., None, :], state.global_hidden),
+        damping=None
+        if state.damping is None
+        else torch.where(of_tensor[:, None], state.damping.new_tensor(UNDAMPED), state.damping),
     )

@@ -17,7 +17,8 @@ CONFIGS = {
     "paper": HRNNConfig(),
     "last": HRNNConfig(global_input="last"),
     "attention": HRNNConfig(attention=True),
-    "attention_bare": HRNNConfig(attention=True, gradient_shortcut=False, gradient_products=False),
+    "attention_bare": HRNNConfig(attention=True, gradient_shortcut=False, gradient_products=False, damping=0.5),
+    "damped": HRNNConfig(damping=0.9, damping_decay=0.8),
     "no_products": HRNNConfig(gradient_products=False),
     "no_shortcut": HRNNConfig(gradient_shortcut=False, relative_log_lr="tensor"),
     "wide": HRNNConfig(level_sizes=(10, 33, 7)),
@@ -68,11 +69,12 @@ class Run:
         self.backend.advance(
             self.meta, grads, self.rows("hidden"), self.rows("accum"), self.rows("ms"), self.rows("log_lr"),
             self.rows("step"), self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
+            self.rows("damping"),
             maximize=[False] * len(grads), grad_scale=None, update=self.updates[0], attention_update=attention,
             sums=self.sums, **common)  # fmt: skip
         self.backend.summarise(
             self.meta, self.sums, self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
-            self.rows("step"), scale=self.scale, **common)  # fmt: skip
+            self.rows("damping"), self.rows("step"), scale=self.scale, **common)  # fmt: skip
         self.backend.apply(
             self.meta, self.params, self.rows("true_param"), self.updates[0], attention, self.scale,
             self.rows("log_lr_mean"), lr=options.get("lr", [1.0] * len(grads)),
@@ -184,16 +186,20 @@ def test_an_architecture_without_a_kernel_is_refused_by_name_and_falls_back_unas
 
 
 def test_operators_pass_opcheck():
-    run = Run(cpu, make_meta(CONFIGS["attention"]), [5, 17])
+    run = Run(cpu, make_meta(CONFIGS["attention_bare"]), [5, 17])
     config, flat, skip = run.meta.config.to_json(), run.meta.flat(), torch.zeros(())
     backend = "cpu"
     names = ("hidden", "accum", "ms", "log_lr", "step", "tensor_hidden")
-    grads, rows = [torch.randn(5), torch.randn(17)], {name: run.rows(name) for name in (*names, "log_lr_mean")}
-    advance = (backend, config, flat, grads, *(rows[name] for name in names), run.global_hidden, rows["log_lr_mean"])
+    grads, rows = (
+        [torch.randn(5), torch.randn(17)],
+        {name: run.rows(name) for name in (*names, "log_lr_mean", "damping")},
+    )
+    above = run.global_hidden, rows["log_lr_mean"], rows["damping"]
+    advance = (backend, config, flat, grads, *(rows[name] for name in names), *above)
     options = {"numel": [5, 17], "maximize": [False, True], "grad_scale": None, "skip": skip}
     buffers = {"update": run.updates[0].clone(), "attention_update": run.updates[1].clone(), "sums": run.sums}
     torch.library.opcheck(torch.ops.lopt.hrnn_advance.default, advance, options | buffers)
-    summarise = (backend, config, flat, run.sums.zero_(), rows["tensor_hidden"], run.global_hidden, rows["log_lr_mean"])
+    summarise = (backend, config, flat, run.sums.zero_(), rows["tensor_hidden"], *above)
     torch.library.opcheck(
         torch.ops.lopt.hrnn_summarise.default,
         (*summarise, rows["step"]),

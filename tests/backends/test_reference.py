@@ -1,5 +1,8 @@
 """The reference: its derivatives, its batches, and that its two forms are one rule."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -12,6 +15,9 @@ CONFIGS = {
     "paper": HRNNConfig(level_sizes=(3, 4, 2), timescales=3),
     "attention": HRNNConfig(level_sizes=(3, 4, 2), timescales=2, attention=True, zero_init_lr_weights=False),
     "tensor_mean_last": HRNNConfig(level_sizes=(3, 2, 2), timescales=2, relative_log_lr="tensor", global_input="last"),
+    "damped": HRNNConfig(
+        level_sizes=(3, 4), timescales=2, attention=True, zero_init_lr_weights=False, damping=0.8, damping_decay=0.5
+    ),
     "everything_fed": HRNNConfig(
         level_sizes=(2, 3),
         timescales=2,
@@ -53,6 +59,7 @@ def random_state(meta: MetaParams, batch: tuple[int, ...], generator: torch.Gene
         log_lr_mean=Segments(SIZES).mean(log_lr) if dynamic else None,
         tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels >= 2 else None,
         global_hidden=2 * rand(config.global_size) - 1 if config.levels >= 3 else None,
+        damping=rand(tensors, 3) if config.damping else None,
     )
 
 
@@ -174,6 +181,7 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
             rows("tensor_hidden"),
             global_hidden,
             rows("log_lr_mean"),
+            rows("damping"),
             numel=SIZES,
             maximize=[False] * 3,
             grad_scale=None,
@@ -188,6 +196,7 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
             rows("tensor_hidden"),
             global_hidden,
             rows("log_lr_mean"),
+            rows("damping"),
             rows("step"),
             numel=SIZES,
             skip=skip,
@@ -210,6 +219,40 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
     torch.testing.assert_close(hidden, flat_state.hidden)
     if config.levels >= 3:
         torch.testing.assert_close(global_hidden, flat_state.global_hidden)
+    if config.damping:
+        torch.testing.assert_close(torch.stack(rows("damping")), flat_state.damping)
+
+
+def test_damping_shortens_steps_and_slows_rising_rates_in_proportion_to_small_gradients(generator):
+    config = HRNNConfig(level_sizes=(3, 4, 2), timescales=2, damping=0.5, damping_decay=0.9)
+    meta = dict(MetaParams.init(config, dtype=torch.float64))
+    meta["log_lr.bias"] = torch.tensor(0.3, dtype=torch.float64)  # every rate rises
+    undamped = dataclasses.replace(config, damping=0.0)
+    segments, param = Segments(SIZES), torch.zeros(sum(SIZES), dtype=torch.float64)
+    state = reference.init_flat_state(meta, config, segments, torch.full_like(param, -7.0))
+    grad, squares, weights = torch.randn(param.shape, generator=generator, dtype=torch.float64), [], []
+    factor = torch.ones(3, dtype=torch.float64)
+    for size in (1.0, 1.0, 0.01, 0.3, 3.0, 0.01):
+        free = state._replace(damping=None)
+        moved, _, new = reference.step(meta, config, segments, param, size * grad, state)
+        whole, _, other = reference.step(meta, undamped, segments, param, size * grad, free)
+        rise = segments.expand(factor) * (other.log_lr - state.log_lr)  # by the factor of the step before
+        torch.testing.assert_close(new.log_lr, state.log_lr + rise)
+        squares = [0.9 * value for value in squares] + [0.1 * segments.mean((size * grad).square())]
+        weights = [0.9 * value for value in weights] + [0.1]
+        average = sum(squares) / sum(weights)
+        factor = (torch.sqrt(squares[-1] / 0.1 / average) / 0.5).clamp(max=1)
+        torch.testing.assert_close(moved, segments.expand(factor) * whole)
+        state = new
+    assert factor.max() < 0.1
+
+
+def test_damping_holds_a_tensor_that_has_no_gradient_and_bounds_the_largest():
+    config = HRNNConfig(level_sizes=(3, 4, 2), timescales=2, damping=0.5)
+    before = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.5, 1.0], [0.0, 0.0, 1.0]])
+    after = reference.damp(config, before, torch.tensor([0.0, 0.0, math.inf]))
+    assert after[:, 2].tolist() == [0.0, 0.0, 1.0]
+    assert after.isfinite().all()
 
 
 def test_a_timescale_without_a_past_takes_the_gradient_undecayed():

@@ -35,6 +35,7 @@ struct Io {
   void put_accum(int i, const Number& x) { print("accum", i, x); }
   void put_ms(int i, const Number& x) { print("ms", i, x); }
   void put_feature(int i, const Number& x) { print("feature", i, x); }
+  void put_grad(const Number& x) { print("grad", 0, x); }
   void put_log_lr(const Number& x) { print("log_lr", 0, x); }
   void put_update(const Number& direction, const Number& update) { print("direction", 0, direction), print("update", 0, update); }
   void put_attention(const Number& direction, const Number& update) { print("attention", 0, direction), print("attention", 1, update); }
@@ -48,7 +49,7 @@ int run() {
   weights.momentum = 0.9f, weights.log_lr_min = -12, weights.log_lr_max = 0, weights.ms_eps = weights.rms_eps = 1e-24f;
   for (auto& group : tensor.bias) for (float& bias : group) bias = random(-1, 1);
   for (float& keep : tensor.keep_ms) keep = 1;
-  tensor.relative_to = -6, tensor.keeps_all = tensor.started = true;
+  tensor.relative_to = -6, tensor.rising_momentum = 0.95f, tensor.keeps_all = tensor.started = true;
   for (int repeat = 0; repeat < 50; repeat++) {
     Io io;
     Step<Number, Variant<true, true>, Io>(weights, tensor, io).advance();

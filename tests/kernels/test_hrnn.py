@@ -34,8 +34,9 @@ AGREE = 1e-5
 
 CONFIGS = {
     "paper": HRNNConfig(),
-    "attention_last": HRNNConfig(attention=True, zero_init_lr_weights=False, global_input="last"),
+    "attention_last": HRNNConfig(attention=True, zero_init_lr_weights=False, global_input="last", damping=0.5),
     "bare": HRNNConfig(level_sizes=(10, 7), gradient_products=False, gradient_shortcut=False, relative_log_lr="tensor"),
+    "damped": HRNNConfig(level_sizes=(10, 7), damping=0.9, damping_decay=0.8),
     "one_level": HRNNConfig(level_sizes=(10,), learnable_decay=False),
     "wide": HRNNConfig(level_sizes=(10, 33, 70), learnable_grad_decay=False),
 }
@@ -127,6 +128,7 @@ class Stages:
             "log_lr": (-9, -3),
             "tensor_hidden": (-1, 1),
             "log_lr_mean": (-7, -6),
+            "damping": (0.1, 0.9),
             "step": (1, 1),
         }
         for state in self.states[:-1]:
@@ -147,6 +149,7 @@ class Stages:
             self.rows("tensor_hidden"),
             self.global_hidden,
             self.rows("log_lr_mean"),
+            self.rows("damping"),
             numel=self.numel,
             maximize=[False] * len(grads),
             grad_scale=None,
@@ -161,6 +164,7 @@ class Stages:
             self.rows("tensor_hidden"),
             self.global_hidden,
             self.rows("log_lr_mean"),
+            self.rows("damping"),
             self.rows("step"),
             numel=self.numel,
             skip=self.skip,

@@ -59,6 +59,7 @@ CONFIGS = {
     "attention": HRNNConfig(level_sizes=(10, 5, 3), attention=True, relative_log_lr="tensor"),
     "bare": HRNNConfig(level_sizes=(10,), gradient_products=False, gradient_shortcut=False),
     "attention_without_shortcut": HRNNConfig(level_sizes=(10, 6), attention=True, gradient_shortcut=False),
+    "damped": HRNNConfig(level_sizes=(10, 6), zero_init_lr_weights=False, damping=0.8, damping_decay=0.5),
     "fixed_decays": HRNNConfig(level_sizes=(10, 6), learnable_decay=False, learnable_grad_decay=False),
 }
 SIZES = {"tiny": [3, 1, 2], "mixed": [3, 50, 1, 7, 90], "one": [40], "large": [3000, 7, 5000, 1, 129, 9000]}
@@ -105,6 +106,7 @@ def make_state(
         Segments(segments.sizes).mean(log_lr),
         2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
         2 * rand(config.global_size) - 1 if config.levels > 2 else None,
+        rand(tensors, 3) if config.damping else None,
     )
     return (rand(n) - 0.5).to(device, dtype), FlatState(
         *(None if value is None else value.to(device, dtype).requires_grad_() for value in state)
@@ -198,7 +200,7 @@ def unroll(
         grad = theta.detach() + 0.1 * noise
         new = advance(meta, config, segments, grad, state)
         summary = reference.summarise_flat(
-            meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden
+            meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden, state.damping
         )
         theta = theta - segments.expand(summary.scale[..., 0]) * new.update
         loss = loss + theta.square().mean()
@@ -212,6 +214,7 @@ def unroll(
             summary.log_lr_mean,
             summary.tensor_hidden,
             summary.global_hidden,
+            summary.damping,
         )
     by = meta | {"log_lr": log_lr}
     slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)
