@@ -24,8 +24,10 @@ from lopt import native
 from lopt.backends import triton as backend
 from lopt.backends import triton_flat
 from lopt.backends.flat import Call
+from lopt.backends.reference import sums_columns
 from lopt.backends.triton import Tile
-from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
+from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT
+from lopt.metaparams import MetaParams
 
 OTHER_TILES = [Tile(128, 2, None), Tile(256, 4, None), Tile(256, 2, None), Tile(512, 4, None)]
 INTEGERS = ("tensors", "n", "tiles", "total", "per_program", "weight_stride", "columns")
@@ -71,19 +73,29 @@ class Kernel(NamedTuple):
 
 
 def kernels() -> dict[str, Kernel]:
-    """Each kernel for the default configuration on float32."""
-    hrnn = backend._kernels()
+    """Each kernel for the shipped meta-parameters' configuration on float32."""
+    hrnn, config = backend._kernels(), MetaParams.resolve(None).config
     sizes = {"TENSOR_SIZE": 20, "GLOBAL_SIZE": 20}
-    features = {"KIND": 0, "ATTENTION": 0, "GRADIENT_SHORTCUT": True, "COUNT": hrnn.ROWS.value, "COMPACT": False}
-    inputs = {"INPUTS": 22, "COLUMNS": 24, "SQUARES": 22, "ATTENTION": 0, "LAST": False, "WIDTH": 32}
-    meta, row, config = triton_flat._kernels(), Tile(0, 1, None), HRNNConfig()
+    features = {"KIND": 0, "ATTENTION": 0, "DAMPED": int(config.damping > 0), "GRADIENT_SHORTCUT": True}
+    features |= {"COUNT": hrnn.ROWS.value, "COMPACT": False}
+    columns = sums_columns(config)
+    inputs = {"INPUTS": 22, "COLUMNS": columns.count, "SQUARES": columns.direction, "ATTENTION": 0, "LAST": False}
+    inputs |= {"DAMPING": config.damping, "DAMPING_DECAY": config.damping_decay, "LIMIT": GRADIENT_LIMIT, "WIDTH": 32}
+    meta, row = triton_flat._kernels(), Tile(0, 1, None)
     bounds = (config.log_lr_min, config.log_lr_max, config.ms_eps, config.rms_eps)
     both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *bounds, 0))
     part, whole = triton_flat.PART, triton_flat.BACKWARD.block
     return {
         "prepare": Kernel(
             hrnn.prepare,
-            {**sizes, "LIMIT": GRADIENT_LIMIT, "PROBLEM": True, "COMPACT": False, "KIND": 0},
+            {
+                **sizes,
+                "LIMIT": GRADIENT_LIMIT,
+                "PROBLEM": True,
+                "DAMPED": config.damping > 0,
+                "COMPACT": False,
+                "KIND": 0,
+            },
             backend.STREAM,
         ),
         "advance": Kernel(hrnn.advance, features, backend.TILE),

@@ -337,7 +337,8 @@ def prepare(
 
     table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
-    weights: [WEIGHTS]. bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
+    weights: [WEIGHTS]. DAMPED: log lrs rise slower after small gradients.
+    bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
     skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
     PROBLEM: the log lr is taken relative to the mean over all tensors, otherwise over its own.

@@ -135,7 +135,7 @@ class Sums:
 
 
 def sums_columns(config: HRNNConfig) -> Sums:
-    """Where each sum stands: hidden, features, direction^2, log lr; with attention its direction^2; damped gradient^2."""
+    """Where each sum stands: hidden, features, direction^2, log lr, attention direction^2, with damping gradient^2."""
     h0, d = config.hidden_size, config.num_features
     attention = h0 + d + 2 if config.attention else None
     count = h0 + d + 2 + config.attention
