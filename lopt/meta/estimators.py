@@ -9,7 +9,9 @@ Checked by tests/meta/test_estimators.py.
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,6 +48,20 @@ def unflatten(config: HRNNConfig, flat: Tensor) -> dict[str, Tensor]:
     return out
 
 
+def chosen(config: HRNNConfig, only: Sequence[str]) -> Tensor:
+    """[M], bool: which meta-parameters have one of some names, with wildcards.
+
+    Raises:
+        ValueError: a name is none of this architecture's.
+    """
+    layout = MetaParams.layout(config)
+    if unknown := [pattern for pattern in only if not fnmatch.filter(layout, pattern)]:
+        raise ValueError(f"only={unknown[0]!r}: no meta-parameter has this name; there are {', '.join(layout)}")
+    named = [any(fnmatch.fnmatch(name, pattern) for pattern in only) for name in layout]
+    counts = [math.prod(shape) for _, shape in layout.values()]
+    return torch.tensor(named).repeat_interleave(torch.tensor(counts))
+
+
 def _estimate(world: World, losses: Tensor, grad: Tensor) -> Estimate:
     """losses: [R, P], of all processes. grad: [M]."""
     mean = losses.mean(0)
@@ -78,16 +94,18 @@ class _EvolutionStrategy:
 
     Args:
         sigma: standard deviation of the perturbation of every meta-parameter.
+        only: names of the meta-parameters to perturb, with wildcards; none: all. The gradient of the others is zero.
     """
 
     repeat = 2
 
-    def __init__(self, sigma: float = 0.01) -> None:
-        self.sigma = sigma
+    def __init__(self, sigma: float = 0.01, only: Sequence[str] = ()) -> None:
+        self.sigma, self.only = sigma, only
 
     def _noise(self, meta: MetaParams, world: World) -> Tensor:
         generator, pairs = world.random.generator, world.rows // 2 * world.group.size
-        return self.sigma * torch.randn(pairs, meta.count, generator=generator, device=generator.device)
+        noise = self.sigma * torch.randn(pairs, meta.count, generator=generator, device=generator.device)
+        return noise * chosen(meta.config, self.only).to(noise) if self.only else noise
 
     def _losses(self, meta: MetaParams, world: World, steps: int, noise: Tensor) -> tuple[Tensor, list[int]]:
         """[R, P] under perturbed meta-parameters, of the pairs of all processes, and the tasks that were restarted."""
@@ -125,12 +143,12 @@ class PES(_EvolutionStrategy):
     Strategies").
 
     Args:
-        sigma: standard deviation of the perturbation of every meta-parameter.
+        sigma, only: as above.
         reuse: unrolls of a world under the same noise. 1: the original estimator.
     """
 
-    def __init__(self, sigma: float = 0.01, reuse: int = 1) -> None:
-        super().__init__(sigma)
+    def __init__(self, sigma: float = 0.01, reuse: int = 1, only: Sequence[str] = ()) -> None:
+        super().__init__(sigma, only)
         self.reuse = reuse
 
     def __call__(self, meta: MetaParams, world: World, steps: int) -> Estimate:

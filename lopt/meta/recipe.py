@@ -21,8 +21,8 @@ from lopt.meta.unroll import Augment, Draw, Objective, PaperObjective
 
 ESTIMATORS: dict[str, Callable[[Stage], Estimator]] = {
     "bptt": lambda stage: TruncatedBPTT(second_order=stage.second_order),
-    "pes": lambda stage: PES(stage.sigma, stage.reuse),
-    "es": lambda stage: ES(stage.sigma),
+    "pes": lambda stage: PES(stage.sigma, stage.reuse, stage.only),
+    "es": lambda stage: ES(stage.sigma, stage.only),
 }
 
 
@@ -42,7 +42,7 @@ class Stage:
         clip: largest global norm of the meta-gradient (adam), or largest absolute entry (rmsprop).
         warmup: meta-steps over which lr grows linearly. final_lr: share of lr at the end of a cosine; 1: constant.
         objective, augment, full_loss, clock: of the worlds.
-        sigma, reuse: of the noise of pes and es.
+        sigma, reuse, only: of the noise of pes and es.
         average: decay of a moving average of the meta-parameters over the stage's second half, with which it ends; 0:
             none. Evolution strategies are noisy, and good points lie between those they visit.
         sampled: take a new world of a random mix after this many episodes, instead of all mixes in turn.
@@ -68,6 +68,7 @@ class Stage:
     second_order: bool = False
     sigma: float = 0.01
     reuse: int = 1
+    only: tuple[str, ...] = ()
     average: float = 0.0
     sampled: int = 0
 
@@ -241,6 +242,37 @@ def hard_mixes() -> list[list[Task]]:
     ]
 
 
+def long_mixes() -> list[list[Task]]:
+    """What takes thousands of steps: noise that can be learned by heart, autoencoders, deep narrow networks."""
+    relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
+    return [
+        [
+            nets.MLP((40,), relu, features=10, samples=64, batch=16, noise=0.3),
+            nets.MLP((24, 20), relu, features=12, outputs=5, samples=96, batch=12, noise=0.2),
+            nets.MLP((32,), tanh, features=10, outputs=1, regression=True, samples=64, batch=16, noise=0.4),
+            nets.Linear(24, 6, samples=96, batch=12),
+            nets.Linear(16, 8, batch=24),
+            nets.Conv((4, 4), samples=48, batch=6, noise=0.2),
+        ],
+        [
+            nets.Autoencoder((12, 4, 12), relu, features=20, samples=256),
+            nets.Autoencoder((8,), gelu, features=14, samples=192, batch=24),
+            nets.MLP((8,) * 6, relu, features=8, batch=24),
+            nets.MLP((10,) * 8, relu, features=12, outputs=5, batch=24),
+            nets.MLP((20, 12), relu, features=20, outputs=8, samples=384, batch=24),
+            nets.MLP((8, 8, 8), relu, nets.batch_norm, residual=True, features=8, noise=0.1),
+        ],
+        [
+            nets.MLP((16,), gelu, features=9, batch=12, noise=0.4),
+            nets.GRU(6, 5, 7, outputs=6, batch=24),
+            nets.Recurrent(6, 5, 8, noise=0.2),
+            nets.MLP((16, 16), relu, features=10, outputs=1, regression=True, samples=96, batch=16, noise=0.1),
+            nets.Attention(6, 5, 6, batch=12, noise=0.1),
+            nets.MLP((16, 16), tanh, features=10, samples=128, batch=16),
+        ],
+    ]
+
+
 def paper_mixes() -> list[list[Task]]:
     """Each of the original's 101 tasks alone."""
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
@@ -318,6 +350,41 @@ REFINE = Recipe(
     ),
 )
 
+# For long trainings, with damping: `lopt meta-train --recipe lengthen --start hrnn-4`. On the parameter level's 800
+# meta-parameters alone evolution strategies have far less variance than on all of them.
+LENGTHEN = Recipe(
+    config=dataclasses.replace(SHIPPED_CONFIG, log_lr_min=math.log(1e-3), damping=0.5, damping_decay=0.95),
+    minutes=30,
+    validate_every=150,
+    stages=(
+        Stage(
+            "lengthen",
+            1500,
+            long_mixes,
+            "pes",
+            rows=48,
+            reuse=40,
+            only=(
+                "level0.init",
+                "level0.gates.*",
+                "level0.candidate.*",
+                "direction.*",
+                "*_decay.*",
+                "log_lr.*",
+                "log_step.*",
+            ),
+            sigma=0.015,
+            unroll=Draw(30),
+            episode=Draw(300, 6000),
+            lr=1e-3,
+            warmup=20,
+            final_lr=0.05,
+            average=0.98,
+            objective=Objective(floor=1e-4, cap=2.0),
+        ),
+    ),
+)
+
 # The original draws initial log learning rates as u + o, uniform in [-6.9, -2.3] each; here they have the same mean and
 # standard deviations.
 PAPER = Recipe(
@@ -345,4 +412,4 @@ PAPER = Recipe(
     ),
 )
 
-RECIPES = {"default": DEFAULT, "refine": REFINE, "paper": PAPER}
+RECIPES = {"default": DEFAULT, "refine": REFINE, "lengthen": LENGTHEN, "paper": PAPER}

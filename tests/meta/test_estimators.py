@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lopt import HRNNConfig, MetaParams
-from lopt.meta.estimators import ES, PES, Estimator, TruncatedBPTT
+from lopt.meta.estimators import ES, PES, Estimator, TruncatedBPTT, chosen
 from lopt.meta.tasks import Data, Params, Random, Task
 from lopt.meta.unroll import Augment, Draw, Mix, Objective, World
 
@@ -102,6 +102,17 @@ def test_pes_over_unrolls_is_unbiased(reuse):
     # meta-parameters stays below 2. The error that would be seen is stated by the bias of plain ES.
     assert mean_square_score(estimates, truth) < 2
     assert estimates.mean(0) @ truth / truth.norm() ** 2 == pytest.approx(1, abs=0.15)
+
+
+def test_pes_of_some_meta_parameters_is_their_part_of_the_gradient():
+    names = ("log_lr.*", "direction.weight")
+    some, truth = chosen(CONFIG, names), whole_gradient()
+    assert some.sum() == 2 + 1 + 1 + 2  # log_lr's weight, bias and momentum, the direction's weight of 2 hidden units
+    estimates = samples(PES(0.003, only=names), UNROLLS, 256, 24)
+    assert (estimates[:, ~some] == 0).all()
+    assert mean_square_score(estimates[:, some], truth[some]) < 2
+    with pytest.raises(ValueError, match=r"only='nonsense': no meta-parameter has this name; there are .*log_lr.bias"):
+        samples(PES(0.003, only=("nonsense",)), 1, 2, 1)
 
 
 def test_es_over_unrolls_is_biased():
