@@ -362,8 +362,8 @@ void advance(const Advance& args) {
   for_chunks(chunks, offset.back(), args.threads, [&](int index) {
     const Chunk& chunk = chunks[index];
     const int i = chunk.tensor;
-    const Work work{meta.weights, meta.hidden_limit, meta.config.damping > 0, injected[i], args.tensors[i], factor(chunk), args.update + offset[i],
-                    args.attention_update + (meta.config.attention ? offset[i] : 0)};
+    const Work work{meta.weights, meta.hidden_limit, meta.config.damping > 0, injected[i], args.tensors[i], factor(chunk),
+                    args.update + offset[i], args.attention_update + (meta.config.attention ? offset[i] : 0)};
     advance_chunk(work, chunk.begin, chunk.end, &partial[index * columns]);
   });
 

@@ -5,8 +5,8 @@ The stages of a step see local shards. What they need of the other processes is 
     agree       before `advance`: which parameters have a gradient on any process, and whether any gradient is
                 non-finite. State is updated in place, so this has to be known before the first value is written.
                 4 bytes, and 4 more per parameter.
-    Shards.sum  between `advance` and `summarise`: the sums over whole tensors, 96 bytes per tensor for the default
-                architecture. What follows of them is the same on every process.
+    Shards.sum  between `advance` and `summarise`: the sums over whole tensors, 100 bytes per tensor for the shipped
+                meta-parameters. What follows of them is the same on every process.
 
 There are two because `advance` makes the sums in the very pass over memory that overwrites the state, and what it
 overwrites follows neither from the new state nor from the gradient. For a flag that came with the sums, a copy of the

@@ -109,7 +109,8 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
-        min_lr: no learned rate falls below it; None: below what the meta-parameters say, 1e-4 for the shipped ones.
+        min_lr: no learned rate falls below it; None: below what the meta-parameters say, 1e-3 for the shipped ones, or
+            below the smallest init_lr of a group if that is less.
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.
@@ -129,7 +130,7 @@ class HRNN(Optimizer):
         tensors in floating-point sums, and nothing else, ties a result to the order of the parameters.
 
         Parameters may be DTensors, as `torch.distributed.fsdp.fully_shard` makes them; the result is that of training
-        whole ones. A step then has two all-reduces, of 4 bytes and 96 bytes per tensor: see `lopt.distributed`.
+        whole ones. A step then has two all-reduces, of 4 bytes and 100 bytes per tensor: see `lopt.distributed`.
 
         With meta-parameters that use attention the parameters hold, during training, the point at which gradients are
         wanted. Call `optimizer.eval()` before evaluating or saving the model, `optimizer.train()` before going on.
@@ -180,6 +181,7 @@ class HRNN(Optimizer):
         self.meta = MetaParams.resolve(meta)
         if min_lr is not None:
             self.meta = _bounded(self.meta, min_lr)
+        self._given = self.meta, min_lr is not None
         self.nonfinite = nonfinite
         self.state_format = state_format
         self.backend = backend
@@ -249,23 +251,35 @@ class HRNN(Optimizer):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._sharded = None
+        self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
         first = sorted({param: index for index, param in reversed(list(enumerate(group["params"])))}.values())
         for key in group.keys() & {"params", "param_names"}:
             group[key] = [group[key][index] for index in first]
 
+    def _bound(self) -> None:
+        """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
+        meta, asked_for = self._given
+        lowest = min(group["init_lr"] for group in self.param_groups)
+        if not asked_for and math.log(lowest) < meta.config.log_lr_min:
+            meta = _bounded(meta, lowest)
+        if meta.config != self.meta.config:
+            self.meta, self._plans = meta, {}
+
     def __getstate__(self) -> dict[str, Any]:
-        own = ("meta", "nonfinite", "state_format", "backend", "_skipped")
+        own = ("meta", "nonfinite", "state_format", "backend", "_skipped", "_given")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_skipped", _no_steps())
+        self.__dict__.setdefault("_given", (self.meta, False))
         self._prepare()
         for options in (self.defaults, *self.param_groups):
             for name, default in OPTIONS.items():
                 options.setdefault(name, self.defaults.get(name, default))
+        self._bound()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of what `state_dict` returned, converted to this optimizer's state format.

@@ -226,6 +226,29 @@ def test_min_lr_bounds_what_learned_rates_approach(place):
     assert lowest[0] >= math.log(0.5) + momentum**steps * math.log(0.1 / 0.5) - 1e-5 > lowest[1]
 
 
+def test_the_weights_own_bound_gives_way_to_a_smaller_init_lr_and_to_that_alone(place):
+    own = math.log(1e-3)
+    meta = MetaParams.init(HRNNConfig(log_lr_min=own))
+    params = place.params()
+
+    def bound(optimizer: HRNN) -> float:
+        return optimizer.config.log_lr_min
+
+    low = place.hrnn(params, meta=meta, init_lr=1e-5)
+    low.step()
+    assert bound(low) == math.log(1e-5)
+    assert min(state["log_lr"].min().item() for state in low.state.values()) == pytest.approx(math.log(1e-5), abs=1e-4)
+    assert bound(place.hrnn(params, meta=meta)) == own
+    assert bound(place.hrnn(params, meta=meta, init_lr=1e-5, min_lr=1e-4)) == math.log(1e-4)
+    grown = place.hrnn(params[:1], meta=meta)
+    grown.step()
+    grown.add_param_group({"params": params[1:], "init_lr": 1e-4})
+    assert bound(grown) == math.log(1e-4)
+    resumed = place.hrnn(params, meta=meta)
+    resumed.load_state_dict(low.state_dict())
+    assert bound(resumed) == bound(copy.deepcopy(low)) == math.log(1e-5)
+
+
 def test_weight_decay_shrinks_by_lr_times_decay_times_the_learned_rate(place):
     plain, decayed = place.params(), place.params()
     optimizers = place.hrnn(plain, lr=0.5), place.hrnn(decayed, lr=0.5, weight_decay=3.0)

@@ -23,7 +23,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of
     "loss_scale": tuple({"loss_scale": scale} for scale in LOSS_SCALES),
     "weight decay 0.1": ({"weight_decay": 0.1},),
     "cosine schedule": ({"schedule": "cosine"},),
-    "cosine schedule, min_lr 0.001": ({"schedule": "cosine", "min_lr": 1e-3},),
 }
 
 
@@ -116,7 +115,7 @@ SUITES = {
                 ("softmax", "mlp-relu", "deep-relu", "label-noise", "autoencoder", "diabetes-mlp"),
                 steps,
                 ("adam", "adamw-cosine"),
-                variants=("cosine schedule", "cosine schedule, min_lr 0.001"),
+                variants=("cosine schedule",),
             )
             for steps in (5_000, 20_000)
         ),
