@@ -354,7 +354,7 @@ REFINE = Recipe(
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=dataclasses.replace(SHIPPED_CONFIG, log_lr_min=math.log(1e-3), damping=0.5, damping_decay=0.95),
-    minutes=30,
+    minutes=40,
     validate_every=150,
     stages=(
         Stage(
