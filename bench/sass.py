@@ -76,11 +76,26 @@ def kernels() -> dict[str, Kernel]:
     """Each kernel for the shipped meta-parameters' configuration on float32."""
     hrnn, config = backend._kernels(), MetaParams.resolve(None).config
     sizes = {"TENSOR_SIZE": 20, "GLOBAL_SIZE": 20}
-    features = {"KIND": 0, "ATTENTION": 0, "DAMPED": int(config.damping > 0), "GRADIENT_SHORTCUT": True}
-    features |= {"COUNT": hrnn.ROWS.value, "COMPACT": False}
     columns = sums_columns(config)
-    inputs = {"INPUTS": 22, "COLUMNS": columns.count, "SQUARES": columns.direction, "ATTENTION": 0, "LAST": False}
-    inputs |= {"DAMPING": config.damping, "DAMPING_DECAY": config.damping_decay, "LIMIT": GRADIENT_LIMIT, "WIDTH": 32}
+    features = {
+        "KIND": 0,
+        "ATTENTION": 0,
+        "DAMPED": int(config.damping > 0),
+        "GRADIENT_SHORTCUT": True,
+        "COUNT": hrnn.ROWS.value,
+        "COMPACT": False,
+    }
+    inputs = {
+        "DAMPING": config.damping,
+        "DAMPING_DECAY": config.damping_decay,
+        "LIMIT": GRADIENT_LIMIT,
+        "INPUTS": config.tensor_input_size,
+        "COLUMNS": columns.count,
+        "SQUARES": columns.direction,
+        "ATTENTION": 0,
+        "LAST": False,
+        "WIDTH": 32,
+    }
     meta, row = triton_flat._kernels(), Tile(0, 1, None)
     bounds = (config.log_lr_min, config.log_lr_max, config.ms_eps, config.rms_eps)
     both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *bounds, 0))

@@ -315,8 +315,7 @@ Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tens
   std::copy_n(from_global, Meta::kOutputs, bias);
   add_product(tensor.tensor_hidden, meta.from_tensor.data(), meta.config.tensor_size, Meta::kOutputs, bias);
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
-  const float momentum = meta.weights.momentum;
-  injected.rising_momentum = tensor.damping ? momentum + (1 - tensor.damping[kFactor]) * (1 - momentum) : momentum;
+  injected.rising_momentum = rising_momentum(meta.weights.momentum, tensor.damping ? tensor.damping[kFactor] : 1);
   injected.started = *tensor.step > 0;
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
@@ -413,16 +412,6 @@ void advance_gru(const Gru& gru, const float* x, const float* injected, float* h
   for (int i = 0; i < size; i++) h[i] = update[i] * h[i] + (1 - update[i]) * candidate[i];
 }
 
-// Compares a tensor's gradient with those before: `damp` in lopt/backends/reference.py. Returns the factor of its steps.
-float damp(const Config& config, float* damping, float square) {
-  const float decay = config.damping_decay;
-  square = std::min(square, kGradientLimit * kGradientLimit);
-  damping[kTotal] = decay * damping[kTotal] + (1 - decay) * square;
-  damping[kWeight] = decay * damping[kWeight] + (1 - decay);
-  const float ratio = damping[kTotal] > 0 ? square / damping[kTotal] * damping[kWeight] : 0;
-  return damping[kFactor] = std::min(std::sqrt(ratio) / config.damping, 1.f);
-}
-
 void summarise(const Summarise& args) {
   if (*args.skip != 0) return;
   const Meta& meta = *args.meta;
@@ -442,7 +431,9 @@ void summarise(const Summarise& args) {
     }
     *tensor.log_lr_mean = means[inputs + 1];
     *tensor.step += 1;
-    const float factor = tensor.damping ? damp(config, tensor.damping, means[columns - 1]) : 1;
+    float factor = 1;
+    if (tensor.damping)
+      factor = damp(tensor.damping, means[columns - 1], config.damping, config.damping_decay, kGradientLimit);
     args.scale[i * config.directions()] = factor / std::sqrt(means[inputs] + kDirectionEps);
     if (config.attention) args.scale[i * 2 + 1] = factor / std::sqrt(means[inputs + 2] + kDirectionEps);
   }

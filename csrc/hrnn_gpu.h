@@ -294,7 +294,7 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
     if (thread != 0) return;
     injected.keeps_all = keeps_all;
     injected.started = started;
-    injected.rising_momentum = momentum + (1 - factor) * (1 - momentum);
+    injected.rising_momentum = rising_momentum(momentum, factor);
     injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0]
                                                     : *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
   });
@@ -704,7 +704,8 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<com
   });
   block.each([&](int thread) {
     if (thread >= gpu::kPartials) return;
-    args.partials[int64_t(chunk) * gpu::kPartials + thread] = thread < columns ? column_of(shared.totals, thread, args.products, V::attention) : 0;
+    args.partials[int64_t(chunk) * gpu::kPartials + thread] =
+        thread < columns ? column_of(shared.totals, thread, args.products, V::attention) : 0;
   });
   const int64_t count = row.number(AdvanceColumn::CHUNK_COUNT);
   if (!last_to_finish(block, args.tickets + index, count, shared.last)) return;
@@ -764,15 +765,6 @@ LOPT_HD void advance_gru(const B& block, SummaryShared& shared, const float* wei
   });
 }
 
-// Compares a tensor's gradient with those before: `damp` in lopt/backends/reference.py. Returns the factor of its steps.
-LOPT_HD float damp(const gpu::Summarise& args, float* damping, float square) {
-  const float decay = args.damping_decay;
-  square = fminf(square, args.gradient_limit * args.gradient_limit);
-  const float total = damping[kTotal] = decay * damping[kTotal] + (1 - decay) * square;
-  const float weight = damping[kWeight] = decay * damping[kWeight] + (1 - decay);
-  return damping[kFactor] = fminf(sqrtf(total > 0 ? square / total * weight : 0.f) / args.damping, 1.f);
-}
-
 template <class B>
 LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared& shared) {
   if (*args.skip != 0) return;
@@ -783,7 +775,10 @@ LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared
   float* const q = row.address<float>(SummaryColumn::TENSOR_HIDDEN);
   block.each([&](int thread) {
     if (thread == 0) {
-      const float factor = args.damping > 0 ? damp(args, row.address<float>(SummaryColumn::DAMPING), sums[args.columns - 1] / numel) : 1;
+      float factor = 1;
+      if (args.damping > 0)
+        factor = damp(row.address<float>(SummaryColumn::DAMPING), sums[args.columns - 1] / numel, args.damping,
+                      args.damping_decay, args.gradient_limit);
       for (int i = 0; i <= args.attention; i++) {
         const float mean = sums[args.squares + 2 * i] / numel;
         args.scale[int64_t(block.index) * (1 + args.attention) + i] = factor / sqrtf(mean + args.direction_eps);

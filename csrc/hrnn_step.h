@@ -15,6 +15,8 @@
 //     u h + (1-u) tanh(c) = ((h + E) + C (h - E)) / ((1 + E)(1 + C)) with u = 1/(1+E) and C = e^-2c.
 #pragma once
 
+#include <cmath>
+
 #include "pack.h"
 
 namespace lopt {
@@ -72,6 +74,18 @@ struct Injected {
 };
 
 namespace LOPT_ISA {
+
+// Compares a tensor's gradient, of mean square `square`, with those before: `damp` in lopt/backends/reference.py. Updates the
+// tensor's state and returns the factor of its steps.
+LOPT_HD float damp(float* damping, float square, float share, float decay, float gradient_limit) {
+  square = fminf(square, gradient_limit * gradient_limit);
+  const float total = damping[kTotal] = decay * damping[kTotal] + (1 - decay) * square;
+  const float weight = damping[kWeight] = decay * damping[kWeight] + (1 - decay);
+  return damping[kFactor] = fminf(sqrtf(total > 0 ? square / total * weight : 0.f) / share, 1.f);
+}
+
+// Momentum of a rising log lr after that factor.
+LOPT_HD float rising_momentum(float momentum, float factor) { return momentum + (1 - factor) * (1 - momentum); }
 
 // Elementary functions: fma, min, max, sqrt, rsqrt, ratio, exp2, log, asinh; `divides_by_infinity`: exp2 of a large number is
 // infinite and its ratio 0, otherwise arguments have to be bounded.

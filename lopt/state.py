@@ -21,6 +21,7 @@ from lopt.metaparams import MetaParams
 
 FORMATS = ("float32", "compact")
 UNDAMPED = (0.0, 0.0, 1.0)  # `damping` before the first step: moving sum of mean squares, of their weights; factor
+FACTOR = 2  # where the last of these stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ ROWS = (
     Row("true_param", "parameter", lambda config: None, lambda config: config.attention),
     Row("tensor_hidden", "tensor", lambda config: config.tensor_size, lambda config: config.levels >= 2),
     Row("log_lr_mean", "tensor", lambda config: None, lambda config: config.dynamic_output_scale),
-    Row("damping", "tensor", lambda config: 3, lambda config: config.damping > 0),
+    Row("damping", "tensor", lambda config: len(UNDAMPED), lambda config: config.damping > 0),
     Row("step", "tensor", lambda config: None),
     Row("global_hidden", "model", lambda config: config.global_size, lambda config: config.levels >= 3),
 )

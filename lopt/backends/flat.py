@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lopt.backends import reference
 from lopt.backends.reference import Advanced, FlatState, Meta, Segments
 from lopt.config import HRNNConfig
+from lopt.state import FACTOR
 
 GATES = ("gates", "candidate")
 GATE_COLUMNS = 30
@@ -39,7 +40,7 @@ class Call:
 
     Attributes:
         batch: the leading dimensions. n: parameters of a row. sizes: of its tensors.
-        columns: of the sums. The others are those of the configuration.
+        columns: of the sums, gradients' left out. The others are those of the configuration.
     """
 
     batch: tuple[int, ...]
@@ -150,6 +151,7 @@ class Kernels:
             state.hidden.shape[:-2] != batch
         ):
             reads = []
+        columns = reference.sums_columns(config)
         call = Call(
             batch,
             n,
@@ -160,7 +162,7 @@ class Kernels:
             config.log_lr_max,
             config.ms_eps,
             config.rms_eps,
-            reference.sums_columns(dataclasses.replace(config, damping=0.0)).count,
+            columns.count - (columns.grad is not None),
         )
         outputs = _Advance.apply(
             self,
@@ -229,7 +231,7 @@ def _damped(new: Advanced, config: HRNNConfig, segments: Segments, grad: Tensor,
     """What damping changes of a step: log lrs rise slower, and there is a sum more."""
     assert new.log_lr is not None and state.log_lr is not None and state.damping is not None
     rise, column = new.log_lr - state.log_lr, reference.sums_columns(config).log_lr
-    log_lr = state.log_lr + torch.minimum(rise, segments.expand(state.damping[..., 2]) * rise)
+    log_lr = state.log_lr + torch.minimum(rise, segments.expand(state.damping[..., FACTOR]) * rise)
     own = segments.sum(torch.stack([log_lr, grad.square()], -2)).mT
     sums = torch.cat([new.sums[..., :column], own[..., :1], new.sums[..., column + 1 :], own[..., 1:]], -1)
     return new._replace(log_lr=log_lr, sums=sums)

@@ -32,7 +32,7 @@ from lopt.config import (
     HRNNConfig,
 )
 from lopt.metaparams import MetaParams
-from lopt.state import UNDAMPED
+from lopt.state import FACTOR, UNDAMPED
 
 STATE_FORMATS = ("float32", "compact")
 
@@ -164,7 +164,7 @@ def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: 
         log_lr_mean=segments.mean(log_lr) if config.dynamic_output_scale else None,
         tensor_hidden=_level_init(meta, 1, (*batch, tensors, config.tensor_size)) if config.levels >= 2 else None,
         global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
-        damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, 3) if config.damping else None,
+        damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, -1) if config.damping else None,
     )
 
 
@@ -357,7 +357,7 @@ def advance_flat(
         log_step = log_step + (log_step.clamp(config.log_lr_min, config.log_lr_max) - log_step).detach()
         momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
         if state.damping is not None:
-            rising = momentum + (1 - segments.expand(state.damping[..., 2])) * (1 - momentum)
+            rising = momentum + (1 - segments.expand(state.damping[..., FACTOR])) * (1 - momentum)
             momentum = torch.where(log_step > log_lr, rising, momentum)
         log_lr = momentum * log_lr + (1 - momentum) * log_step
         update = torch.exp(log_step + meta["log_step.offset"][..., None]) * update
@@ -435,7 +435,7 @@ def summarise_flat(
     if damping is not None:
         assert columns.grad is not None
         damping = damp(config, damping, means[..., columns.grad])
-        scale = scale * damping[..., 2:]
+        scale = scale * damping[..., FACTOR, None]
     return Summary(tensor_hidden, global_hidden, means[..., columns.log_lr] if dynamic else None, damping, scale)
 
 

@@ -23,7 +23,7 @@ from lopt.backends.flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, affine, damp, gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.meta.tasks.base import Data, Random, Task
-from lopt.state import UNDAMPED
+from lopt.state import FACTOR, UNDAMPED
 from lopt.train.group import ALONE, Group
 
 Meta = Mapping[str, Tensor]
@@ -246,7 +246,7 @@ class Mix:
         if not self.config.dynamic_output_scale:
             return 1.0
         factor = 1 / torch.sqrt(square + DIRECTION_EPS)
-        return self.segments.expand(factor if damping is None else factor * damping[..., 2])
+        return self.segments.expand(factor if damping is None else factor * damping[..., FACTOR])
 
     def _relative_to(self, log_lr_mean: Tensor | None) -> Tensor | None:
         """[R, T] -> [R, T], what each tensor's log lr is measured from."""
