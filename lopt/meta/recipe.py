@@ -243,7 +243,8 @@ def hard_mixes() -> list[list[Task]]:
 
 
 def long_mixes() -> list[list[Task]]:
-    """What takes thousands of steps: noise that can be learned by heart, autoencoders, deep narrow networks."""
+    """What takes thousands of steps: noise that can be learned by heart, autoencoders, deep narrow networks, linear
+    classifiers of classes that can be told apart."""
     relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
     return [
         [
@@ -269,6 +270,14 @@ def long_mixes() -> list[list[Task]]:
             nets.MLP((16, 16), relu, features=10, outputs=1, regression=True, samples=96, batch=16, noise=0.1),
             nets.Attention(6, 5, 6, batch=12, noise=0.1),
             nets.MLP((16, 16), tanh, features=10, samples=128, batch=16),
+        ],
+        [
+            nets.Linear(48, 8, samples=384),
+            nets.Linear(40, 5, samples=256, batch=16),
+            nets.MLP((10,) * 7, relu, features=10, outputs=6, samples=384, batch=24),
+            nets.MLP((9,) * 6, tanh, features=12, outputs=5, samples=256, batch=16),
+            nets.Autoencoder((10, 3, 10), tanh, features=16, samples=256, batch=24),
+            nets.Language(10, 8, 7, batch=12),
         ],
     ]
 
@@ -350,7 +359,7 @@ REFINE = Recipe(
     ),
 )
 
-# For long trainings, with damping: `lopt meta-train --recipe lengthen --start hrnn-4`. On the parameter level's 800
+# For long trainings, with damping: `lopt meta-train --recipe lengthen --start hrnn-5`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=dataclasses.replace(SHIPPED_CONFIG, log_lr_min=math.log(1e-3), damping=0.5, damping_decay=0.95),
@@ -376,7 +385,7 @@ LENGTHEN = Recipe(
             sigma=0.015,
             unroll=Draw(30),
             episode=Draw(300, 6000),
-            lr=1e-3,
+            lr=6e-4,
             warmup=20,
             final_lr=0.05,
             average=0.98,
