@@ -2,7 +2,8 @@
 
 Each stage of a recipe runs its estimator on its own mixes, in turn, as `lopt meta-train` does. A task-step is one step
 of one task in one row, its gradient and the share of the meta-gradient included. Memory is what autograd saves, each
-storage once: per scalar parameter and step; an estimator without backpropagation keeps nothing.
+storage once: per scalar parameter and step; an estimator without backpropagation keeps nothing. Under `torchrun` the
+processes share out the rows, and the task-steps are those of all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lopt.meta.recipe import ESTIMATORS, RECIPES, Recipe, Stage
 from lopt.meta.tasks import Random
 from lopt.meta.unroll import Mix, World
 from lopt.metaparams import MetaParams
+from lopt.train.group import ALONE, Group
 
 
 class Bench(NamedTuple):
@@ -32,26 +34,30 @@ class Bench(NamedTuple):
     worlds: list[World]
     meta: MetaParams
     steps: int  # of an unroll
+    group: Group
 
 
-def prepare(recipe: Recipe, stage: Stage, rows: int, device: torch.device) -> Bench:
-    """Worlds of all mixes of a stage, at their first restart."""
+def prepare(recipe: Recipe, stage: Stage, rows: int, device: torch.device, group: Group = ALONE) -> Bench:
+    """Worlds of all mixes of a stage, at their first restart; `rows` are those of all processes."""
     estimator = ESTIMATORS[stage.estimator](stage)
-    random = Random(torch.Generator(device).manual_seed(0), estimator.repeat)
+    if rows % (group.size * estimator.repeat):
+        raise ValueError(f"--rows {rows}: {group.size} processes need a multiple of {group.size * estimator.repeat}")
+    random = Random(torch.Generator(device).manual_seed(0), estimator.repeat, group.rank, group.size)
     worlds = [
         World(
             Mix(tasks, recipe.config, device),
-            rows,
+            rows // group.size,
             random,
             stage.episode,
             stage.augment,
             stage.objective,
             full_loss=stage.full_loss,
             clock=stage.clock,
+            group=group,
         )
         for tasks in stage.mixes()
     ]
-    return Bench(estimator, worlds, MetaParams.init(recipe.config).to(device=device), round(stage.unroll.low))
+    return Bench(estimator, worlds, MetaParams.init(recipe.config).to(device=device), round(stage.unroll.low), group)
 
 
 def task_steps_per_second(bench: Bench, rounds: int, budget: float) -> list[float]:
@@ -69,10 +75,10 @@ def task_steps_per_second(bench: Bench, rounds: int, budget: float) -> list[floa
         if bench.meta.device.type == "cuda":
             torch.cuda.synchronize()
         ended = time.perf_counter()
-        count = sum(len(world.mix) * world.rows for world in bench.worlds) * bench.steps
+        count = sum(len(world.mix) * world.rows for world in bench.worlds) * bench.group.size * bench.steps
         if turn:
             samples.append(count / (ended - started))
-        if samples and ended - begin > budget:
+        if bench.group.any([bool(samples) and ended - begin > budget])[0]:
             break
     return samples
 
@@ -111,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="of the recipe (default: all)")
     parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="copies of a mix (default: the stage's own)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads to try (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="CPU threads of a process to try (default: 1)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of all mixes (default: 7)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds per stage (default: 60)")
     parser.add_argument(
@@ -125,29 +133,43 @@ def run(args: argparse.Namespace) -> int:
     named = {stage.name: stage for stage in recipe.stages}
     if unknown := [name for name in args.stages or () if name not in named]:
         raise ValueError(f"--stages {unknown[0]}: the recipe {args.recipe!r} has {', '.join(named)}")
-    print(f"{device_name(device)}, torch {torch.__version__}, commit {commit()}")
+    group = Group.from_environment()
+    first = group.rank == 0
+    if first:
+        print(f"{device_name(device)}, torch {torch.__version__}, commit {commit()}")
     for threads in args.threads if device.type == "cpu" else [0]:
         for stage in (named[name] for name in args.stages or named):
             for rows in args.rows or [stage.rows]:
                 with threads_set(threads or torch.get_num_threads()):
-                    found = measure(recipe, stage, rows, device, threads, args.rounds, args.budget)
+                    found = measure(recipe, stage, rows, device, threads, args.rounds, args.budget, group)
+                if not first:
+                    continue
                 append(found, path)
                 speed, *memory = found
                 print(
-                    f"  {stage.name:<14} {stage.estimator:<5} {rows:4} rows {threads} thread(s) {speed.p50:9.0f} "
-                    f"task-steps/s ({speed.p20:.0f} to {speed.p80:.0f})"
+                    f"  {stage.name:<14} {stage.estimator:<5} {rows:4} rows {threads * group.size} thread(s) "
+                    f"{speed.p50:9.0f} task-steps/s ({speed.p20:.0f} to {speed.p80:.0f})"
                     + "".join(f", {row.p50:.0f} bytes per parameter-step" for row in memory),
                     flush=True,
                 )
-    print(f"rows appended to {path}")
+    group.leave()
+    if first:
+        print(f"rows appended to {path}")
     return 0
 
 
 def measure(
-    recipe: Recipe, stage: Stage, rows: int, device: torch.device, threads: int, rounds: int, budget: float
+    recipe: Recipe,
+    stage: Stage,
+    rows: int,
+    device: torch.device,
+    threads: int,
+    rounds: int,
+    budget: float,
+    group: Group = ALONE,
 ) -> list[Row]:
-    """Rows of one stage: its speed, and the memory of an unroll."""
-    bench = prepare(recipe, stage, rows, device)
+    """Rows of one stage: its speed, and the memory of an unroll; `threads` are those of each process."""
+    bench = prepare(recipe, stage, rows, device, group)
     speed = task_steps_per_second(bench, rounds, budget)
     memory = saved_bytes(bench) if stage.estimator == "bptt" else 0.0
     segments = [world.mix.segments for world in bench.worlds]
@@ -157,8 +179,8 @@ def measure(
         return Row(
             f"meta {stage.estimator}",
             f"{stage.name} x{rows}",
-            f"hrnn {type(bench.estimator).__name__}",
-            threads,
+            f"hrnn {type(bench.estimator).__name__}" + (f", {group.size} processes" if group.size > 1 else ""),
+            threads * group.size,
             rows * sum(each.total for each in segments),
             sum(map(len, segments)),
             "float32",

@@ -205,7 +205,7 @@ def gru(meta: Meta, name: str, x: Tensor, h: Tensor, injected: Tensor | None, *,
     candidate = product("candidate", torch.cat([x, reset * h], axis))
     if injected is not None:
         candidate = candidate + injected.narrow(axis, 2 * size, size)
-    return update * h + (1 - update) * torch.tanh(candidate)
+    return torch.lerp(torch.tanh(candidate), h, update)
 
 
 def _decay_ladder(decay: Tensor, timescales: int) -> Tensor:
@@ -218,13 +218,16 @@ def _decay_ladder(decay: Tensor, timescales: int) -> Tensor:
 
 def read_decays(meta: Meta, config: HRNNConfig, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Decays for the step after the one that left `hidden`: [*B, H0, n] -> grad_decay, scale_decay, [*B, n] each."""
-    fixed = torch.ones_like(hidden[..., 0, :])
-    grad_decay, scale_decay = FIXED_GRAD_DECAY * fixed, FIXED_SCALE_DECAY * fixed
-    if config.reads_grad_decay:
-        grad_decay = torch.sigmoid(_dot(meta["grad_decay.weight"], hidden) + meta["grad_decay.bias"][..., None])
-    if config.learnable_decay:
-        scale_decay = torch.sigmoid(_dot(meta["scale_decay.weight"], hidden) + meta["scale_decay.bias"][..., None])
-    return grad_decay, scale_decay
+
+    def read(name: str, learned: bool, fixed: float) -> Tensor:
+        if not learned:
+            return torch.full_like(hidden[..., 0, :], fixed)
+        return torch.sigmoid(_dot(meta[f"{name}.weight"], hidden) + meta[f"{name}.bias"][..., None])
+
+    return (
+        read("grad_decay", config.reads_grad_decay, FIXED_GRAD_DECAY),
+        read("scale_decay", config.learnable_decay, FIXED_SCALE_DECAY),
+    )
 
 
 def injected_bias(meta: Meta, tensor_hidden: Tensor | None, global_hidden: Tensor | None) -> Tensor | None:

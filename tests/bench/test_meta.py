@@ -1,5 +1,8 @@
 """The benchmark of meta-training: its rows, and what it measures. No timing is asserted."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from lopt.meta.estimators import TruncatedBPTT
 from lopt.meta.recipe import Recipe, Stage
 from lopt.meta.tasks import paper
 from lopt.meta.unroll import Draw
+from lopt.train.group import Group
 
 COMMON = {"mixes": lambda: [[paper.Quadratic(4)], [paper.Bowl(5.0)]], "rows": 4, "unroll": Draw(3), "episode": Draw(9)}
 
@@ -56,3 +60,23 @@ def test_saved_bytes_are_per_parameter_and_step(tiny):
     assert many == pytest.approx(few, rel=0.3)  # what is saved once per unroll counts for less
     bench = meta.prepare(tiny, stage, 8, torch.device("cpu"))
     assert isinstance(bench.estimator, TruncatedBPTT) and isinstance(bench.meta, MetaParams)
+
+
+def test_processes_share_out_the_rows(tmp_path):
+    out = tmp_path / "rows.csv"
+    options = ["--stages", "evolve", "--rows", "4", "--rounds", "1", "--budget", "0", "--out", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "lopt", "bench", "meta", *options], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    speed, memory = load(out)  # written once
+    assert (
+        speed.backend == "hrnn PES, 2 processes" and speed.threads == 2 and speed.case == "evolve x4" and speed.p50 > 0
+    )
+    assert memory.p50 == 0
+
+
+def test_rows_that_processes_cannot_share_are_refused(tiny):
+    with pytest.raises(ValueError, match="--rows 6: 2 processes need a multiple of 4"):
+        meta.prepare(tiny, tiny.stages[1], 6, torch.device("cpu"), Group(0, 2))
