@@ -191,18 +191,20 @@ def gru(meta: Meta, name: str, x: Tensor, h: Tensor, injected: Tensor | None, *,
         injected: what higher levels add to reset gate, update gate and candidate; 3H wide, broadcastable, or None.
     """
     axis = -2 if columns else -1
-
-    def product(part: str, inputs: Tensor) -> Tensor:
-        if columns:
-            return meta[f"{name}.{part}.weight"].mT @ inputs + meta[f"{name}.{part}.bias"][..., None]
-        return affine(meta, f"{name}.{part}", inputs)
-
-    gates = product("gates", torch.cat([x, h], axis))
     size = h.shape[axis]
+
+    def product(part: str, state: Tensor) -> Tensor:
+        of_x, of_state = meta[f"{name}.{part}.weight"].split([x.shape[axis], size], -2)
+        bias = meta[f"{name}.{part}.bias"]
+        if columns:
+            return of_x.mT @ x + of_state.mT @ state + bias[..., None]
+        return x @ of_x + state @ of_state + bias[..., None, :]
+
+    gates = product("gates", h)
     if injected is not None:
         gates = gates + injected.narrow(axis, 0, 2 * size)
     reset, update = torch.sigmoid(gates).chunk(2, axis)
-    candidate = product("candidate", torch.cat([x, reset * h], axis))
+    candidate = product("candidate", reset * h)
     if injected is not None:
         candidate = candidate + injected.narrow(axis, 2 * size, size)
     return torch.lerp(torch.tanh(candidate), h, update)
