@@ -359,7 +359,7 @@ REFINE = Recipe(
     ),
 )
 
-# For long trainings, with damping: `lopt meta-train --recipe lengthen --start hrnn-5`. On the parameter level's 800
+# For long trainings, with damping: `lopt meta-train --recipe lengthen --start hrnn-6`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=dataclasses.replace(SHIPPED_CONFIG, log_lr_min=math.log(1e-3), damping=0.5, damping_decay=0.95),
