@@ -9,6 +9,7 @@ processes share out the rows, and the task-steps are those of all.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 import weakref
 from pathlib import Path
@@ -22,7 +23,7 @@ from lopt.bench.step import threads_set
 from lopt.meta.estimators import Estimator
 from lopt.meta.recipe import ESTIMATORS, RECIPES, Recipe, Stage
 from lopt.meta.tasks import Random
-from lopt.meta.unroll import Mix, World
+from lopt.meta.unroll import World
 from lopt.metaparams import MetaParams
 from lopt.train.group import ALONE, Group
 
@@ -43,20 +44,8 @@ def prepare(recipe: Recipe, stage: Stage, rows: int, device: torch.device, group
     if rows % (group.size * estimator.repeat):
         raise ValueError(f"--rows {rows}: {group.size} processes need a multiple of {group.size * estimator.repeat}")
     random = Random(torch.Generator(device).manual_seed(0), estimator.repeat, group.rank, group.size)
-    worlds = [
-        World(
-            Mix(tasks, recipe.config, device),
-            rows // group.size,
-            random,
-            stage.episode,
-            stage.augment,
-            stage.objective,
-            full_loss=stage.full_loss,
-            clock=stage.clock,
-            group=group,
-        )
-        for tasks in stage.mixes()
-    ]
+    stage = dataclasses.replace(stage, rows=rows)
+    worlds = [stage.world(tasks, recipe.config, device, random, group) for tasks in stage.mixes()]
     return Bench(estimator, worlds, MetaParams.init(recipe.config).to(device=device), round(stage.unroll.low), group)
 
 

@@ -35,7 +35,7 @@ from lopt.meta import validate
 from lopt.meta.estimators import Estimate
 from lopt.meta.recipe import ESTIMATORS, Recipe, Stage
 from lopt.meta.tasks import Random, Task
-from lopt.meta.unroll import Mix, World
+from lopt.meta.unroll import World
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
 from lopt.train.group import ALONE, Group
@@ -184,18 +184,7 @@ class MetaTraining:
         return Random(self.generator, self.estimator.repeat, self.group.rank, self.group.size)
 
     def _make_world(self, mix: int) -> World:
-        stage = self._current
-        return World(
-            Mix(self.mixes[mix], self.recipe.config, self.device),
-            stage.rows // self.group.size,
-            self._random,
-            stage.episode,
-            stage.augment,
-            stage.objective,
-            full_loss=stage.full_loss,
-            clock=stage.clock,
-            group=self.group,
-        )
+        return self._current.world(self.mixes[mix], self.recipe.config, self.device, self._random, self.group)
 
     def _world(self) -> World:
         """The world of the next meta-step."""

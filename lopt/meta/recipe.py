@@ -15,9 +15,10 @@ import torch
 
 from lopt.config import HRNNConfig
 from lopt.meta.estimators import ES, PES, Estimator, TruncatedBPTT
-from lopt.meta.tasks import Rescaled, Sparse, Sum, Task, paper
+from lopt.meta.tasks import Random, Rescaled, Sparse, Sum, Task, paper
 from lopt.meta.tasks import networks as nets
-from lopt.meta.unroll import Augment, Draw, Objective, PaperObjective
+from lopt.meta.unroll import Augment, Draw, Mix, Objective, PaperObjective, World
+from lopt.train.group import ALONE, Group
 
 ESTIMATORS: dict[str, Callable[[Stage], Estimator]] = {
     "bptt": lambda stage: TruncatedBPTT(second_order=stage.second_order),
@@ -71,6 +72,22 @@ class Stage:
     only: tuple[str, ...] = ()
     average: float = 0.0
     sampled: int = 0
+
+    def world(
+        self, tasks: Sequence[Task], config: HRNNConfig, device: torch.device, random: Random, group: Group = ALONE
+    ) -> World:
+        """A world of one of the stage's mixes, with this process's share of the rows."""
+        return World(
+            Mix(tasks, config, device),
+            self.rows // group.size,
+            random,
+            self.episode,
+            self.augment,
+            self.objective,
+            full_loss=self.full_loss,
+            clock=self.clock,
+            group=group,
+        )
 
     def lr_at(self, step: int) -> float:
         """Meta-learning rate of meta-step `step` of the stage, counted from 0."""

@@ -326,8 +326,7 @@ class Tokens(Network):
 
     def embed(self, embeddings: Tensor, x: Tensor) -> Tensor:
         """[count, vocabulary, width], [count, m, length] -> [count, m, length, width]."""
-        chosen = x[..., None] == torch.arange(self.vocabulary, device=x.device)
-        return chosen.to(embeddings).flatten(1, 2).matmul(embeddings).unflatten(1, x.shape[1:])
+        return F.one_hot(x, self.vocabulary).to(embeddings).flatten(1, 2).matmul(embeddings).unflatten(1, x.shape[1:])
 
 
 class Attention(Tokens):
