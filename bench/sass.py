@@ -97,7 +97,7 @@ def kernels() -> dict[str, Kernel]:
         "WIDTH": 32,
     }
     meta, row = triton_flat._kernels(), Tile(0, 1, None)
-    bounds = (config.log_lr_min, config.log_lr_max, config.ms_eps, config.rms_eps)
+    bounds = (config.log_lr_max, config.ms_eps, config.rms_eps)
     both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *bounds, 0))
     part, whole = triton_flat.PART, triton_flat.BACKWARD.block
     return {
@@ -108,6 +108,7 @@ def kernels() -> dict[str, Kernel]:
                 "LIMIT": GRADIENT_LIMIT,
                 "PROBLEM": True,
                 "DAMPED": config.damping > 0,
+                "LOG_LR_MIN_STEPS": config.log_lr_min_steps,
                 "COMPACT": False,
                 "KIND": 0,
             },

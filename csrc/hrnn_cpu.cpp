@@ -316,6 +316,7 @@ Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tens
   add_product(tensor.tensor_hidden, meta.from_tensor.data(), meta.config.tensor_size, Meta::kOutputs, bias);
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
   injected.rising_momentum = rising_momentum(meta.weights.momentum, tensor.damping ? tensor.damping[kFactor] : 1);
+  injected.lowest = lowest_log_lr(meta.weights.log_lr_min, meta.weights.log_lr_min_steps, *tensor.step);
   injected.started = *tensor.step > 0;
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {

@@ -264,9 +264,10 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
       shared.weighted[thread] += shared.weighted[thread + half];
       shared.numel[thread] += shared.numel[thread + half];
     });
-  const float momentum = reinterpret_cast<const Weights<float>*>(args.weights)->momentum;
+  const Weights<float>& weights = *reinterpret_cast<const Weights<float>*>(args.weights);
   const float factor = args.damped ? row.address<const float>(AdvanceColumn::DAMPING)[kFactor] : 1;
-  const bool started = *row.address<const float>(AdvanceColumn::STEP) > 0;
+  const float step = *row.address<const float>(AdvanceColumn::STEP);
+  const bool started = step > 0;
   const int64_t n = row.number(AdvanceColumn::SIZE);
   bool keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
@@ -294,7 +295,8 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
     if (thread != 0) return;
     injected.keeps_all = keeps_all;
     injected.started = started;
-    injected.rising_momentum = rising_momentum(momentum, factor);
+    injected.lowest = lowest_log_lr(weights.log_lr_min, weights.log_lr_min_steps, step);
+    injected.rising_momentum = rising_momentum(weights.momentum, factor);
     injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0]
                                                     : *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
   });

@@ -56,7 +56,7 @@ struct Weights {
   Real decay[kHidden][2], decay_bias[2];
   Real log_lr[kHidden], log_lr_bias;
   Real momentum;             // of the smoothed log lr, after the sigmoid
-  Real log_lr_min, log_lr_max;
+  Real log_lr_min, log_lr_min_steps, log_lr_max;  // the first before the first step: see `lowest_log_lr`
   Real log2_step_offset;     // binary logarithm of what the step is longer than the learning rate by
   Real attention_factor;     // how much longer the attention step is than the step
   Real ms_eps, rms_eps;
@@ -67,6 +67,7 @@ template <class Real>
 struct Injected {
   Real bias[3 * kGroups][kColumns];  // plus what the tensor's and the global state add
   Real relative_to;           // the mean log lr
+  Real lowest;                // bound of the log lr
   Real rising_momentum;       // of the smoothed log lr where it rises: more than `momentum` after gradients that were small
   Real keep_ms[kTimescales];  // 0 where the mean squares are zero throughout the tensor: no past to average with
   bool keeps_all;             // keep_ms is 1, 1, 1, 1
@@ -86,6 +87,11 @@ LOPT_HD float damp(float* damping, float square, float share, float decay, float
 
 // Momentum of a rising log lr after that factor.
 LOPT_HD float rising_momentum(float momentum, float factor) { return momentum + (1 - factor) * (1 - momentum); }
+
+// Lower bound of the log lr of a tensor that has taken `step` steps; one that stays where `steps` is 0.
+LOPT_HD float lowest_log_lr(float log_lr_min, float steps, float step) {
+  return steps > 0 ? log_lr_min - log1pf(step / steps) / 2 : log_lr_min;
+}
 
 // Elementary functions: fma, min, max, sqrt, rsqrt, ratio, exp2, log, asinh; `divides_by_infinity`: exp2 of a large number is
 // infinite and its ratio 0, otherwise arguments have to be bounded.
@@ -202,7 +208,7 @@ struct Step {
       log_step = M::fma(h, w.log_lr[i], log_step);
       if constexpr (V::attention) attention = M::fma(h, w.attention[i], attention);
     }
-    log_step = M::min(M::max(log_step, w.log_lr_min), w.log_lr_max);
+    log_step = M::min(M::max(log_step, tensor.lowest), w.log_lr_max);
     const Number fall = log_lr - log_step;
     io.put_log_lr(M::min(M::fma(w.momentum, fall, log_step), M::fma(tensor.rising_momentum, fall, log_step)));
     const Number step = M::exp2(M::fma(log_step, kLog2E, w.log2_step_offset));

@@ -61,6 +61,7 @@ BIASES = tl.constexpr(32)
 RELATIVE_TO = tl.constexpr(32)  # mean log lr
 STARTED = tl.constexpr(33)  # 0 in the first step, whose decays are 0
 RISING_MOMENTUM = tl.constexpr(34)  # of the smoothed log lr where it rises: more after gradients that were small
+LOWEST = tl.constexpr(35)  # bound of the log lr
 KEEP = tl.constexpr(36)  # [TIMESCALES] 0 where the mean squares are zero throughout: no past to average with
 SHARED = tl.constexpr(40)
 
@@ -329,6 +330,7 @@ def prepare(
     GLOBAL_SIZE: tl.constexpr,
     PROBLEM: tl.constexpr,
     DAMPED: tl.constexpr,
+    LOG_LR_MIN_STEPS: tl.constexpr,
     COMPACT: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -337,7 +339,7 @@ def prepare(
 
     table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
-    weights: [WEIGHTS]. DAMPED: log lrs rise slower after small gradients.
+    weights: [WEIGHTS]. DAMPED: log lrs rise slower after small gradients. LOG_LR_MIN_STEPS: as in the configuration.
     bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
     skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
@@ -360,6 +362,7 @@ def prepare(
             GLOBAL_SIZE,
             PROBLEM,
             DAMPED,
+            LOG_LR_MIN_STEPS,
             COMPACT,
         )
     elif tl.load(skip) == 0:
@@ -394,6 +397,7 @@ def share(
     GLOBAL_SIZE: tl.constexpr,
     PROBLEM: tl.constexpr,
     DAMPED: tl.constexpr,
+    LOG_LR_MIN_STEPS: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
     """Write a tensor's row of `shared` from the tensor and global states before the step."""
@@ -434,7 +438,12 @@ def share(
         momentum += (1.0 - factor) * (1.0 - momentum)
     tl.store(row + RISING_MOMENTUM, momentum)
 
-    started = tl.load(floats(column(table, STEP, tensors, tensor))) > 0
+    step = tl.load(floats(column(table, STEP, tensors, tensor)))
+    lowest = tl.load(weights + SCALARS + 8)
+    if LOG_LR_MIN_STEPS > 0:
+        lowest -= 0.5 * tl.log(1.0 + step / LOG_LR_MIN_STEPS)
+    tl.store(row + LOWEST, lowest)
+    started = step > 0
     tl.store(row + STARTED, started.to(tl.float32))
     size = column(table, SIZE, tensors, tensor)
     ms = column(table, MS, tensors, tensor)
@@ -682,8 +691,8 @@ def advance_tile(
             if ATTENTION:
                 attention = features[s] * to_attention[s] + attention
     offset2, attention_factor, _, _ = load_four(weights, SCALARS + 4)
-    low, high, _, _ = load_four(weights, SCALARS + 8)
-    log_step = tl.minimum(tl.maximum(log_step, low), high)
+    _, high, _, _ = load_four(weights, SCALARS + 8)
+    log_step = tl.minimum(tl.maximum(log_step, tl.load(shared + LOWEST)), high)
     fall = log_lr - log_step
     log_lr = tl.minimum(momentum * fall + log_step, tl.load(shared + RISING_MOMENTUM) * fall + log_step)
     tl.store(tensor[5] + start + offset, log_lr, mask=mask)

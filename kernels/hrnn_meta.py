@@ -64,6 +64,7 @@ SUMMANDS = tl.constexpr(25)
 
 # What the parameters of a tensor share.
 RELATIVE_TO = tl.constexpr(30)  # behind the biases
+LOWEST = tl.constexpr(31)
 KEEP = tl.constexpr(32)  # [TIMESCALES] 0: the mean squares have no past
 SUMS = tl.constexpr(36)  # [28] cotangents of the sums, for `backward`
 SHARED = tl.constexpr(64)
@@ -78,6 +79,7 @@ POINTERS = [
     "begins",
     "injected",
     "relative_to",
+    "lowest",
     "ms",
     "d_sums",
     "shared",
@@ -122,6 +124,7 @@ def share(
     begins,
     injected,
     relative_to,
+    lowest,
     ms,
     d_sums,
     shared,
@@ -133,7 +136,8 @@ def share(
 ):
     """A program per row and tensor: a row of `shared`.
 
-    begins: int64 [T + 1] where each tensor begins. injected: [R, T, 30]. relative_to: [R, T]. ms: [R, 4, n].
+    begins: int64 [T + 1] where each tensor begins. injected: [R, T, 30]. relative_to, lowest: [R, T].
+    ms: [R, 4, n].
     d_sums: [R, T, columns], read with BACKWARD. shared: [R, T, SHARED], written.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -141,7 +145,8 @@ def share(
     out = shared + program * SHARED
     j = tl.arange(0, 32)
     value = tl.load(injected + program * GATES + j, mask=j < GATES, other=0.0)
-    tl.store(out + j, tl.where(j == RELATIVE_TO, tl.load(relative_to + program), value))
+    value = tl.where(j == RELATIVE_TO, tl.load(relative_to + program), value)
+    tl.store(out + j, tl.where(j == LOWEST, tl.load(lowest + program), value))
     begin, end = tl.load(begins + tensor), tl.load(begins + tensor + 1)
     for s in tl.static_range(TIMESCALES):
         past = any_but(ms + (row * TIMESCALES + s) * n, begin, end, 0.0)
@@ -350,10 +355,11 @@ def new_units(hidden, update_gate, candidate):
 
 
 @inlined
-def log_step_of(new_hidden, log_lr, weights, LOG_LR_MIN: tl.constexpr, LOG_LR_MAX: tl.constexpr):
+def log_step_of(new_hidden, log_lr, shared, weights, LOG_LR_MAX: tl.constexpr):
     """Natural log of the step length, clipped, and the new log lr."""
     log_step = log_lr + tl.load(weights + READ_OUT + SCALARS_AT) + read_out(new_hidden, weights, LOG_LR_AT)
-    log_step = tl.minimum(tl.maximum(log_step, LOG_LR_MIN), LOG_LR_MAX)
+    _, _, _, lowest = load_four(shared, LOWEST - 3)
+    log_step = tl.minimum(tl.maximum(log_step, lowest), LOG_LR_MAX)
     return log_step, tl.load(weights + READ_OUT + SCALARS_AT + 1) * (log_lr - log_step) + log_step
 
 
@@ -410,7 +416,6 @@ def forward(
     per_program,
     PRODUCTS: tl.constexpr,
     ATTENTION: tl.constexpr,
-    LOG_LR_MIN: tl.constexpr,
     LOG_LR_MAX: tl.constexpr,
     MS_EPS: tl.constexpr,
     RMS_EPS: tl.constexpr,
@@ -440,7 +445,7 @@ def forward(
         _, update_gate, _, candidate = gates_of(inputs, h, own, of_row)
         new = new_units(h, update_gate, candidate)
         store_rows(new_hidden, row * HIDDEN, n, slot, mask, new, HIDDEN)
-        log_step, lr = log_step_of(new, lr, of_row, LOG_LR_MIN, LOG_LR_MAX)
+        log_step, lr = log_step_of(new, lr, own, of_row, LOG_LR_MAX)
         put(new_log_lr + row * n + slot, lr, mask)
         direction, rate = read_direction(new, inputs, of_row, 0), exp2(log_step * 1.4426950408889634)
         step_factor = tl.exp(tl.load(of_row + READ_OUT + SCALARS_AT + 2))
@@ -541,7 +546,6 @@ def backward(
     per_program,
     PRODUCTS: tl.constexpr,
     ATTENTION: tl.constexpr,
-    LOG_LR_MIN: tl.constexpr,
     LOG_LR_MAX: tl.constexpr,
     MS_EPS: tl.constexpr,
     RMS_EPS: tl.constexpr,
@@ -571,7 +575,7 @@ def backward(
         zero = g * 0.0
         reset, update_gate, reset_hidden, candidate = gates_of(inputs, h, own, weights)
         new = new_units(h, update_gate, candidate)
-        log_step, _ = log_step_of(new, lr, weights, LOG_LR_MIN, LOG_LR_MAX)
+        log_step, _ = log_step_of(new, lr, own, weights, LOG_LR_MAX)
         direction, rate = read_direction(new, inputs, weights, 0), exp2(log_step * 1.4426950408889634)
         step = rate * tl.exp(tl.load(weights + READ_OUT + SCALARS_AT + 2))
 

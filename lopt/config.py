@@ -43,6 +43,9 @@ class HRNNConfig:
         dynamic_output_scale: normalise the direction and learn a log step length per parameter.
         zero_init_lr_weights: start with a log lr that does not depend on the hidden state.
         log_lr_min, log_lr_max: bounds of the log lr. The gradient passes the clip as if it were not there.
+        log_lr_min_steps: after how many steps the lower bound begins to fall: it is log_lr_min - log(1 + t / this) / 2
+            in a tensor's step t, counted from 0, for a learning rate that falls at most with the root of time. 0: it
+            stays, as in the paper.
         ms_eps: added to the squared average inside the moving mean square.
         rms_eps: added to the mean square under the root and in its logarithm.
         damping: a tensor whose gradient's root mean square is below this share of its own moving average takes steps
@@ -75,6 +78,7 @@ class HRNNConfig:
     zero_init_lr_weights: bool = True
     log_lr_min: float = -33.0
     log_lr_max: float = 33.0
+    log_lr_min_steps: float = 0.0
     ms_eps: float = 1e-12
     rms_eps: float = 1e-16
     damping: float = 0.0
@@ -106,7 +110,7 @@ class HRNNConfig:
         if not self.dynamic_output_scale:
             reading = [
                 f"{name}={getattr(self, name)!r}"
-                for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut", "damping")
+                for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut", "log_lr_min_steps", "damping")
                 if getattr(self, name)
             ]
             if reading:
@@ -116,6 +120,10 @@ class HRNNConfig:
         ):
             raise ValueError(
                 f"log_lr_min must be below log_lr_max, both finite, got {self.log_lr_min} and {self.log_lr_max}"
+            )
+        if not 0 <= self.log_lr_min_steps < math.inf:
+            raise ValueError(
+                f"log_lr_min_steps must be a number of steps, or 0 for a bound that stays, got {self.log_lr_min_steps}"
             )
         for name in ("ms_eps", "rms_eps"):
             if not 0 <= getattr(self, name) < 1:

@@ -262,8 +262,9 @@ class HRNN(Optimizer):
         """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
         meta, asked_for = self._given
         lowest = min(group["init_lr"] for group in self.param_groups)
-        if not asked_for and math.log(lowest) < meta.config.log_lr_min:
-            meta = _bounded(meta, lowest)
+        above = meta.config.log_lr_min - math.log(lowest)
+        if not asked_for and above > 0:  # what falls with the root of the steps is there exp(2 * above) times later
+            meta = _bounded(meta, lowest, meta.config.log_lr_min_steps * math.exp(2 * above))
         if meta.config != self.meta.config:
             self.meta, self._plans = meta, {}
 
@@ -707,13 +708,13 @@ def _rates(groups: Sequence[Group], fan_in: Sequence[int]) -> list[float | Tenso
     return rates
 
 
-def _bounded(meta: MetaParams, min_lr: float) -> MetaParams:
-    """The same meta-parameters with another bound below the learned rates."""
+def _bounded(meta: MetaParams, min_lr: float, steps: float = 0.0) -> MetaParams:
+    """The same meta-parameters with another bound below the learned rates. steps: see `log_lr_min_steps`."""
     if not (0 < min_lr < math.inf and math.log(min_lr) < meta.config.log_lr_max):
         raise ValueError(
             f"Invalid min_lr: {min_lr}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
         )
-    return MetaParams(dataclasses.replace(meta.config, log_lr_min=math.log(min_lr)), meta)
+    return MetaParams(dataclasses.replace(meta.config, log_lr_min=math.log(min_lr), log_lr_min_steps=steps), meta)
 
 
 def _check_group(group: Group) -> None:

@@ -42,6 +42,7 @@ def test_tensor_gru_reads_hidden_state_alone_where_features_are_the_bare_average
             ["extreme_indicator", "lr_shortcut", "dynamic_output_scale"],
         ),
         ({"log_lr_min": 1.0, "log_lr_max": 0.0}, ["log_lr_min", "log_lr_max"]),
+        ({"log_lr_min_steps": -1.0}, ["log_lr_min_steps"]),
         ({"ms_eps": -1e-12}, ["ms_eps"]),
         ({"damping": 1.5}, ["damping"]),
         ({"damping_decay": 1.0}, ["damping_decay"]),

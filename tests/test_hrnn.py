@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends
+from lopt.backends import reference
 from lopt.config import GRADIENT_LIMIT
 from lopt.hrnn import OPTIONS
 from lopt.state import rows
@@ -247,6 +248,20 @@ def test_the_weights_own_bound_gives_way_to_a_smaller_init_lr_and_to_that_alone(
     resumed = place.hrnn(params, meta=meta)
     resumed.load_state_dict(low.state_dict())
     assert bound(resumed) == bound(copy.deepcopy(low)) == math.log(1e-5)
+
+
+def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(place):
+    config = HRNNConfig(log_lr_min=math.log(1e-3), log_lr_min_steps=100.0)
+    params, meta = place.params(), MetaParams.init(config)
+
+    def lowest(optimizer: HRNN, step: float) -> float:
+        return reference.lowest_log_lr(optimizer.config, torch.tensor(step, dtype=torch.float64)).item()
+
+    own, low = place.hrnn(params, meta=meta), place.hrnn(params, meta=meta, init_lr=1e-5)
+    assert lowest(low, 0) == math.log(1e-5)
+    assert lowest(low, 1e9) == pytest.approx(lowest(own, 1e9), abs=1e-2) and lowest(own, 1e9) < math.log(1e-6)
+    held = place.hrnn(params, meta=meta, init_lr=1e-5, min_lr=1e-4)
+    assert lowest(held, 0) == lowest(held, 1e9) == math.log(1e-4)
 
 
 def test_weight_decay_shrinks_by_lr_times_decay_times_the_learned_rate(place):

@@ -81,6 +81,7 @@ def _pack(meta: MetaParams) -> Any:
         "relative_to_problem": config.relative_log_lr == "problem",
         "global_last": config.global_input == "last",
         "log_lr_min": config.log_lr_min,
+        "log_lr_min_steps": config.log_lr_min_steps,
         "log_lr_max": config.log_lr_max,
         "ms_eps": config.ms_eps,
         "rms_eps": config.rms_eps,

@@ -48,7 +48,6 @@ class Call:
     sizes: tuple[int, ...]
     products: bool
     attention: bool
-    log_lr_min: float
     log_lr_max: float
     ms_eps: float
     rms_eps: float
@@ -61,6 +60,7 @@ class Inputs(NamedTuple):
     weights: Tensor  # [W] or [*B, W], see `Kernels.matrix_row`
     injected: Tensor  # [*B, T, 30] bias plus what higher levels add
     relative_to: Tensor  # [*B, T] mean log lr
+    lowest: Tensor  # [*B, T] lower bound of the log lr
     grad: Tensor  # [*B, n]
     hidden: Tensor  # [*B, 10, n], like those below before the step
     accum: Tensor  # [*B, 4, n]
@@ -70,8 +70,8 @@ class Inputs(NamedTuple):
     log_lr: Tensor  # [*B, n]
 
 
-STATE = slice(4, 10)
-DECAYS = slice(7, 9)
+STATE = slice(5, 11)
+DECAYS = slice(8, 10)
 
 
 class Cotangents(NamedTuple):
@@ -108,7 +108,7 @@ class Kernels:
         raise NotImplementedError
 
     def backward(self, call: Call, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
-        """Derivative of `forward`: cotangents of the inputs, None for the gradient.
+        """Derivative of `forward`: cotangents of the inputs, None for the bound and the gradient.
 
         The log lr's clip passes it straight through, the root of a decay of 0 stops it.
         """
@@ -128,6 +128,7 @@ class Kernels:
             return reference.advance_flat(meta, config, segments, grad, state, numel)
         assert state.log_lr is not None and state.log_lr_mean is not None
         relative_to = reference.mean_log_lr(config, state.log_lr_mean, segments.lengths if numel is None else numel)
+        step = state.log_lr_mean.new_zeros(len(segments)) if state.step is None else state.step
         bias = torch.cat([meta[f"level0.{part}.bias"] for part in GATES], -1)[..., None, :]
         injected = reference.injected_bias(meta, state.tensor_hidden, state.global_hidden)
         injected = bias if injected is None else bias + injected
@@ -158,7 +159,6 @@ class Kernels:
             segments.sizes,
             config.gradient_products,
             config.attention,
-            config.log_lr_min,
             config.log_lr_max,
             config.ms_eps,
             config.rms_eps,
@@ -171,6 +171,7 @@ class Kernels:
             weights if weights.dim() == 1 else rows(weights, weights.shape[-1]),
             rows(injected, tensors, injected.shape[-1]),
             rows(relative_to, tensors),
+            rows(reference.lowest_log_lr(config, step), tensors),
             rows(grad, n),
             rows(state.hidden, config.hidden_size, n),
             rows(state.accum, config.timescales, n),

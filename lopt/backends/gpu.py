@@ -142,7 +142,7 @@ class Scaled:
         grad_decay, grad_decay_bias = decay("grad_decay", FIXED_GRAD_DECAY)
         scale_decay, scale_decay_bias = decay("scale_decay", FIXED_SCALE_DECAY)
         offset = values["log_step.offset"]
-        constants = {name: getattr(config, name) for name in ("log_lr_min", "log_lr_max", "ms_eps", "rms_eps")}
+        constants = ("log_lr_min", "log_lr_min_steps", "log_lr_max", "ms_eps", "rms_eps")
         return {
             "direction": values["direction.weight"],  # [10]
             "direction_shortcut": values.get("direction.shortcut", self.zeros(4)),
@@ -155,7 +155,7 @@ class Scaled:
             "momentum": torch.sigmoid(values["log_lr.momentum"]),
             "log2_step_offset": offset * LOG2_E,
             "attention_factor": torch.exp(-offset),
-            **{name: self.zeros(()) + value for name, value in constants.items()},
+            **{name: self.zeros(()) + getattr(config, name) for name in constants},
         }
 
 

@@ -115,6 +115,7 @@ class FlatState(NamedTuple):
     tensor_hidden: Tensor | None  # [*B, T, H1]
     global_hidden: Tensor | None  # [*B, H2]
     damping: Tensor | None = None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
+    step: Tensor | None = None  # [*B, T] steps taken; where the lower bound of the log lr falls with them
 
     def detach(self) -> FlatState:
         """The same numbers, cut from the graph: what truncation between unrolls does."""
@@ -165,6 +166,7 @@ def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: 
         tensor_hidden=_level_init(meta, 1, (*batch, tensors, config.tensor_size)) if config.levels >= 2 else None,
         global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
         damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, -1) if config.damping else None,
+        step=log_lr.new_zeros(*batch, tensors) if config.log_lr_min_steps else None,
     )
 
 
@@ -248,6 +250,13 @@ def mean_log_lr(config: HRNNConfig, log_lr_mean: Tensor, numel: Tensor) -> Tenso
         problem = (log_lr_mean * numel).sum(-1, keepdim=True) / numel.sum()
         return problem.expand_as(log_lr_mean)
     return log_lr_mean
+
+
+def lowest_log_lr(config: HRNNConfig, step: Tensor) -> Tensor:
+    """Lower bound of the log lr of tensors that have taken so many steps: [*B, T] -> [*B, T]."""
+    if not config.log_lr_min_steps:
+        return torch.full_like(step, config.log_lr_min)
+    return config.log_lr_min - torch.log1p(step / config.log_lr_min_steps) / 2
 
 
 def scaled_gradients(
@@ -359,7 +368,8 @@ def advance_flat(
     if log_lr is not None:
         log_step = log_lr + _dot(meta["log_lr.weight"], hidden) + meta["log_lr.bias"][..., None]
         # The value is clipped, the gradient passes as if it were not.
-        log_step = log_step + (log_step.clamp(config.log_lr_min, config.log_lr_max) - log_step).detach()
+        lowest = segments.expand(lowest_log_lr(config, state.step)) if state.step is not None else config.log_lr_min
+        log_step = log_step + (log_step.clamp(lowest).clamp(max=config.log_lr_max) - log_step).detach()
         momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
         if state.damping is not None:
             rising = momentum + (1 - segments.expand(state.damping[..., FACTOR])) * (1 - momentum)
@@ -480,6 +490,7 @@ def step(
             summary.tensor_hidden,
             summary.global_hidden,
             summary.damping,
+            None if state.step is None else state.step + 1,
         ),
     )
 
@@ -578,6 +589,7 @@ def advance(
         tensor_hidden=torch.stack(list(tensor_hidden)) if tensor_hidden else None,
         global_hidden=global_hidden if config.levels >= 3 else None,
         damping=torch.stack(list(damping)) if damping else None,
+        step=torch.stack(list(step)) if config.log_lr_min_steps else None,
     )
     new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0

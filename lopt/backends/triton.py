@@ -169,6 +169,7 @@ class Stages(gpu.Stages):
             GLOBAL_SIZE=config.global_size,
             PROBLEM=config.relative_log_lr == "problem",
             DAMPED=config.damping > 0,
+            LOG_LR_MIN_STEPS=config.log_lr_min_steps,
             COMPACT=kept.compact,
             KIND=kind,
             BLOCK=STREAM.block,

@@ -379,7 +379,9 @@ REFINE = Recipe(
 # For long trainings, with damping: `lopt meta-train --recipe lengthen --start hrnn-6`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
-    config=dataclasses.replace(SHIPPED_CONFIG, log_lr_min=math.log(1e-3), damping=0.5, damping_decay=0.95),
+    config=dataclasses.replace(
+        SHIPPED_CONFIG, log_lr_min=math.log(7e-3), log_lr_min_steps=100.0, damping=0.5, damping_decay=0.95
+    ),
     minutes=40,
     validate_every=150,
     stages=(

@@ -238,6 +238,7 @@ class Mix:
                 tensor_hidden,
                 global_hidden,
                 damping,
+                None if state.step is None else state.step + 1,
             ),
         )
 
@@ -483,6 +484,7 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
         zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
         zeros(len(mix), config.global_size) if config.levels >= 3 else None,
         zeros(tensors, len(UNDAMPED)) if config.damping else None,
+        zeros(tensors) if config.log_lr_min_steps else None,
     )
 
 
@@ -520,4 +522,5 @@ def restart_state(
         damping=None
         if state.damping is None
         else torch.where(of_tensor[:, None], state.damping.new_tensor(UNDAMPED), state.damping),
+        step=None if state.step is None else torch.where(of_tensor, 0.0, state.step),
     )

@@ -129,7 +129,8 @@ def _announce(training: Training, folder: Path) -> None:
     if isinstance(training.optimizer, HRNN):
         own = training.optimizer
         backend = backends.choose(training.device, own.config, config.backend, own.state_format)
-        details += [f"init_lr {own.defaults['init_lr']:g}", f"min_lr {math.exp(own.config.log_lr_min):.3g}"]
+        falling = f" / sqrt(1 + step / {own.config.log_lr_min_steps:.3g})" if own.config.log_lr_min_steps else ""
+        details += [f"init_lr {own.defaults['init_lr']:g}", f"min_lr {math.exp(own.config.log_lr_min):.3g}{falling}"]
         details += [f"{own.state_format} state", f"backend {backend.__name__.rpartition('.')[2]}"]
     epochs = config.steps * config.batch_size / data.train_count
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"

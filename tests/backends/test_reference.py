@@ -16,7 +16,13 @@ CONFIGS = {
     "attention": HRNNConfig(level_sizes=(3, 4, 2), timescales=2, attention=True, zero_init_lr_weights=False),
     "tensor_mean_last": HRNNConfig(level_sizes=(3, 2, 2), timescales=2, relative_log_lr="tensor", global_input="last"),
     "damped": HRNNConfig(
-        level_sizes=(3, 4), timescales=2, attention=True, zero_init_lr_weights=False, damping=0.8, damping_decay=0.5
+        level_sizes=(3, 4),
+        timescales=2,
+        attention=True,
+        zero_init_lr_weights=False,
+        damping=0.8,
+        damping_decay=0.5,
+        log_lr_min_steps=2.0,
     ),
     "everything_fed": HRNNConfig(
         level_sizes=(2, 3),
@@ -60,6 +66,7 @@ def random_state(meta: MetaParams, batch: tuple[int, ...], generator: torch.Gene
         tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels >= 2 else None,
         global_hidden=2 * rand(config.global_size) - 1 if config.levels >= 3 else None,
         damping=rand(tensors, 3) if config.damping else None,
+        step=(9 * rand(tensors)).round() if config.log_lr_min_steps else None,
     )
 
 
@@ -122,6 +129,20 @@ def test_log_lr_is_clipped_and_its_gradient_passes_the_clip(generator):
     torch.testing.assert_close(new.log_lr, momentum * log_lr + (1 - momentum) * -8.0)
     (passed,) = torch.autograd.grad(new.log_lr.sum(), log_lr, retain_graph=True)
     torch.testing.assert_close(passed, torch.ones_like(passed))
+
+
+def test_the_lower_bound_of_the_log_lr_falls_with_the_root_of_the_steps(generator):
+    config = HRNNConfig(level_sizes=(3, 4, 2), timescales=2, log_lr_min=-5.0, log_lr_min_steps=8.0)
+    meta = MetaParams.init(config, dtype=torch.float64)
+    segments, momentum = Segments(SIZES), torch.sigmoid(meta["log_lr.momentum"])
+    log_lr = torch.full((sum(SIZES),), -20.0, dtype=torch.float64)  # below the bound
+    state = reference.init_flat_state(meta, config, segments, log_lr)
+    steps = torch.tensor([0.0, 24.0, 792.0], dtype=torch.float64)
+    lowest = -5 - segments.expand(torch.tensor([1.0, 2.0, 10.0], dtype=torch.float64).log())
+    grad = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64)
+    _, _, new = reference.step(meta, config, segments, torch.zeros_like(grad), grad, state._replace(step=steps))
+    torch.testing.assert_close(new.log_lr, momentum * log_lr + (1 - momentum) * lowest)
+    torch.testing.assert_close(new.step, steps + 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

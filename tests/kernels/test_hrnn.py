@@ -36,7 +36,7 @@ CONFIGS = {
     "paper": HRNNConfig(),
     "attention_last": HRNNConfig(attention=True, zero_init_lr_weights=False, global_input="last", damping=0.5),
     "bare": HRNNConfig(level_sizes=(10, 7), gradient_products=False, gradient_shortcut=False, relative_log_lr="tensor"),
-    "damped": HRNNConfig(level_sizes=(10, 7), damping=0.9, damping_decay=0.8),
+    "damped": HRNNConfig(level_sizes=(10, 7), damping=0.9, damping_decay=0.8, log_lr_min=-6.0, log_lr_min_steps=2.0),
     "one_level": HRNNConfig(level_sizes=(10,), learnable_decay=False),
     "wide": HRNNConfig(level_sizes=(10, 33, 70), learnable_grad_decay=False),
 }
@@ -129,7 +129,7 @@ class Stages:
             "tensor_hidden": (-1, 1),
             "log_lr_mean": (-7, -6),
             "damping": (0.1, 0.9),
-            "step": (1, 1),
+            "step": (1, 9),
         }
         for state in self.states[:-1]:
             for name in ranges:

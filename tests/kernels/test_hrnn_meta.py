@@ -60,12 +60,13 @@ CONFIGS = {
     "bare": HRNNConfig(level_sizes=(10,), gradient_products=False, gradient_shortcut=False),
     "attention_without_shortcut": HRNNConfig(level_sizes=(10, 6), attention=True, gradient_shortcut=False),
     "damped": HRNNConfig(level_sizes=(10, 6), zero_init_lr_weights=False, damping=0.8, damping_decay=0.5),
+    "falling_bound": HRNNConfig(zero_init_lr_weights=False, log_lr_min=-5.2, log_lr_min_steps=3.0),
     "fixed_decays": HRNNConfig(level_sizes=(10, 6), learnable_decay=False, learnable_grad_decay=False),
 }
 SIZES = {"tiny": [3, 1, 2], "mixed": [3, 50, 1, 7, 90], "one": [40], "large": [3000, 7, 5000, 1, 129, 9000]}
 CASES = list(itertools.product(CONFIGS, ("tiny", "mixed", "one"), [(), (2,), (2, 2)]))
 if INTERPRETED:
-    CASES = [("default", "mixed", ()), ("attention", "tiny", (2,)), ("bare", "tiny", ())]
+    CASES = [("falling_bound", "mixed", ()), ("attention", "tiny", (2,)), ("bare", "tiny", ())]
 
 
 def make_meta(
@@ -108,14 +109,15 @@ def make_state(
         2 * rand(config.global_size) - 1 if config.levels > 2 else None,
         rand(tensors, 3) if config.damping else None,
     )
+    step = (9 * rand(tensors)).round().to(device, dtype) if config.log_lr_min_steps else None
     return (rand(n) - 0.5).to(device, dtype), FlatState(
-        *(None if value is None else value.to(device, dtype).requires_grad_() for value in state)
+        *(None if value is None else value.to(device, dtype).requires_grad_() for value in state), step
     )
 
 
 def leaves(meta: dict[str, Tensor], state: FlatState) -> dict[str, Tensor]:
     own = zip(FlatState._fields, state, strict=True)
-    return meta | {name: value for name, value in own if value is not None}
+    return meta | {name: value for name, value in own if value is not None and name != "step"}
 
 
 def derivatives(advance, meta, config, segments, grad, state) -> dict[str, Tensor]:
@@ -334,18 +336,15 @@ def test_what_a_step_keeps_for_its_derivative(target):
 
 @cpp_test
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_number_of_threads_changes_nothing(target, dtype):
+def test_the_number_of_threads_changes_nothing(target, dtype, monkeypatch):
     config, segments = CONFIGS["default"], Segments([3000, 7, 5000, 1, 9000])
     meta = make_meta(config, dtype)
     inputs = make_state(config, segments, dtype, (2,))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            # The reference's own operations around the fused ones stay on one thread.
-            results.append(derivatives(target.advance, meta, config, segments, *inputs))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        # Of the kernels alone: on some machines PyTorch's own products around them depend on their threads.
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        results.append(derivatives(target.advance, meta, config, segments, *inputs))
     for key, value in results[0].items():
         assert all(torch.equal(value, other[key]) for other in results[1:]), key
 

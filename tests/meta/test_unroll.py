@@ -22,7 +22,7 @@ CONFIGS = {
     "paper": HRNNConfig(level_sizes=(4, 5, 6)),
     "last_tensor": HRNNConfig(level_sizes=(4, 5, 6), global_input="last", relative_log_lr="tensor", timescales=2),
     "attention": HRNNConfig(level_sizes=(3, 4, 2), attention=True, zero_init_lr_weights=False),
-    "two_levels": HRNNConfig(level_sizes=(4, 5), damping=0.8),
+    "two_levels": HRNNConfig(level_sizes=(4, 5), damping=0.8, log_lr_min=-6.5, log_lr_min_steps=2.0),
     "one_level": HRNNConfig(level_sizes=(4,), dynamic_output_scale=False, relative_log_lr=None),
 }
 
@@ -56,6 +56,7 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
         2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
         2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None,
         rand(tensors, 3) if config.damping else None,
+        (9 * rand(tensors)).round() if config.log_lr_min_steps else None,
     )
     theta, grad = rand(n), rand(n) - 0.5
     moved, attended, new = mix.step(meta, mix.advance_meta(meta), theta, grad, state)
@@ -64,7 +65,7 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
         params = slice(*mix.problems.bounds[p])
         own = slice(first_tensor, first_tensor + len(task.shapes))
         first_tensor = own.stop
-        cut = {"tensor_hidden": own, "log_lr_mean": own, "damping": own, "global_hidden": p}
+        cut = {"tensor_hidden": own, "log_lr_mean": own, "damping": own, "step": own, "global_hidden": p}
 
         def part(values: FlatState, params: slice = params, cut: dict = cut) -> FlatState:
             return FlatState(
