@@ -35,7 +35,7 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
-INIT_LR, BASE_FAN_IN = 7e-3, 20  # defaults; above this fan-in their product is what counts
+INIT_LR, BASE_FAN_IN = 3e-3, 20  # defaults; above this fan-in their product is what counts
 LIKELY_A_LEARNING_RATE = 0.05
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
 
@@ -109,8 +109,8 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
-        min_lr: no learned rate falls below it; None: below what the meta-parameters say, for the shipped ones
-            0.07 / sqrt(100 + step), or below the smallest init_lr of a group where that is less.
+        min_lr: no learned rate falls below it; None: below what the meta-parameters say, 3e-3 / sqrt(1 + step / 1000)
+            for the shipped ones, or below the smallest init_lr of a group where that is less.
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.

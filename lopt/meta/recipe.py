@@ -307,9 +307,9 @@ def paper_mixes() -> list[list[Task]]:
 # Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
 BASE_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
 
-# Damping, and a floor of 0.07 / sqrt(100 + step): by the validation tasks any numerator from 0.06 to 0.1 does.
+# Damping, and a floor of 3e-3 / sqrt(1 + step / 1000).
 SHIPPED_CONFIG = dataclasses.replace(
-    BASE_CONFIG, log_lr_min=math.log(7e-3), log_lr_min_steps=100.0, damping=0.5, damping_decay=0.95
+    BASE_CONFIG, log_lr_min=math.log(3e-3), log_lr_min_steps=1000.0, damping=0.5, damping_decay=0.95
 )
 
 DEFAULT = Recipe(
