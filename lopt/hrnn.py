@@ -264,7 +264,7 @@ class HRNN(Optimizer):
         lowest = min(group["init_lr"] for group in self.param_groups)
         above = meta.config.log_lr_min - math.log(lowest)
         if not asked_for and above > 0:  # what falls with the root of the steps is there exp(2 * above) times later
-            meta = _bounded(meta, lowest, meta.config.log_lr_min_steps * math.exp(2 * above))
+            meta = _bounded(meta, lowest, meta.config.log_lr_min_steps * math.exp(min(2 * above, 60)))
         if meta.config != self.meta.config:
             self.meta, self._plans = meta, {}
 

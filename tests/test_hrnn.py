@@ -260,6 +260,9 @@ def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(plac
     own, low = place.hrnn(params, meta=meta), place.hrnn(params, meta=meta, init_lr=1e-5)
     assert lowest(low, 0) == math.log(1e-5)
     assert lowest(low, 1e9) == pytest.approx(lowest(own, 1e9), abs=1e-2) and lowest(own, 1e9) < math.log(1e-6)
+    tiny = place.hrnn(params, meta=meta, init_lr=1e-250)
+    tiny.step()
+    assert lowest(tiny, 0) == pytest.approx(lowest(tiny, 1e9)) == math.log(1e-250)
     held = place.hrnn(params, meta=meta, init_lr=1e-5, min_lr=1e-4)
     assert lowest(held, 0) == lowest(held, 1e9) == math.log(1e-4)
 
