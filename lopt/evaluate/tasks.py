@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lopt.meta.tasks.networks import gru
-from lopt.meta.tasks.paper import affine
+from lopt.meta.tasks import networks, paper
 
 Params = Sequence[Tensor]  # one [count, *shape] per parameter tensor
 Activation = Callable[[Tensor], Tensor]
@@ -31,7 +30,7 @@ NORM_EPS = 1e-5
 class Start(NamedTuple):
     """How one parameter tensor starts: `value` plus a uniform number in [-bound, bound)."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # torch.nn's, outputs first; a kernel's other dimensions are one
     bound: float = 0.0
     value: float = 0.0
 
@@ -39,12 +38,17 @@ class Start(NamedTuple):
 def linear(inputs: int, outputs: int, *, bias: bool = True) -> list[Start]:
     """As torch.nn.Linear."""
     bound = 1 / math.sqrt(inputs)
-    return [Start((inputs, outputs), bound)] + ([Start((outputs,), bound)] if bias else [])
+    return [Start((outputs, inputs), bound)] + ([Start((outputs,), bound)] if bias else [])
 
 
 def norm(channels: int) -> list[Start]:
     """Scale and shift of a normalisation."""
     return [Start((channels,), value=1.0), Start((channels,))]
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[count, .., in], [count, out, in], [count, out] -> [count, .., out]."""
+    return paper.affine(x, weight.mT, bias)
 
 
 class Network:
@@ -106,7 +110,7 @@ class MLP(Network):
 
 
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    """3 x 3 "same" convolution of channels-last images, [count, m, h, w, c] with [count, 9 c, out]."""
+    """3 x 3 "same" convolution of channels-last images, [count, m, h, w, c] with [count, out, 9 c]."""
     height, width = x.shape[2:4]
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
     columns = [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -158,7 +162,7 @@ class ResNet(Network):
 
         def kernel(inputs: int) -> list[Start]:
             bound = math.sqrt(3 * 2 / (9 * inputs))  # variance 2 / fan in: He et al. 2015
-            return [Start((9 * inputs, width), bound)]
+            return [Start((width, 9 * inputs), bound)]
 
         block = norm(width) + kernel(width)
         self.starts = kernel(1) + block * 2 * blocks + norm(width) + linear(width, classes)
@@ -177,8 +181,14 @@ class ResNet(Network):
 
 def _gru_starts(inputs: int, size: int) -> list[Start]:
     bound = 1 / math.sqrt(size)
-    shapes = ((inputs, 3 * size), (3 * size,), (size, 3 * size), (3 * size,))
+    shapes = ((3 * size, inputs), (3 * size,), (3 * size, size), (3 * size,))
     return [Start(shape, bound) for shape in shapes]
+
+
+def gru(x: Tensor, params: Params) -> list[Tensor]:
+    """Hidden states [count, m, size] after each of the inputs [count, m, length, in]; torch.nn.GRU's parameters."""
+    weight, bias, recurrent, recurrent_bias = params
+    return networks.gru(x, (weight.mT, bias, recurrent.mT, recurrent_bias))
 
 
 class RowsGRU(Network):
@@ -204,7 +214,7 @@ class TextGRU(Network):
         self.starts = [table] + _gru_starts(embedding, size) + linear(size, characters)
 
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
-        embedded = affine(F.one_hot(x, self.characters).to(params[0]), params[0])
+        embedded = paper.affine(F.one_hot(x, self.characters).to(params[0]), params[0])
         return affine(torch.stack(gru(embedded, params[1:5]), 2), *params[5:])
 
 
@@ -335,9 +345,9 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """Of data and start, in short: results of another data set are not this task's."""
+        """Of data, start and shapes, in short: results of others are not this task's."""
         content = [self.x.numpy().tobytes(), self.y.numpy().tobytes(), self.start(0).numpy().tobytes()]
-        return hashlib.sha256(b"".join(content) + f"{self.train} {self.batch}".encode()).hexdigest()[:16]
+        return hashlib.sha256(b"".join(content) + f"{self.train} {self.batch} {self.shapes}".encode()).hexdigest()[:16]
 
     def start(self, seed: int) -> Tensor:
         """[n], the parameters before the first step."""

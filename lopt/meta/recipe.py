@@ -438,7 +438,7 @@ PAPER = Recipe(
             full_loss=True,
             second_order=True,
             sampled=5,
-            augment=Augment((1e-4, 1e-4), 1.33, 1.33, loss_scale=(1.0, 1.0)),
+            augment=Augment((1e-4, 1e-4), 1.33, 1.33, loss_scale=(1.0, 1.0), base_fan_in=None),
         ),
     ),
 )

@@ -22,6 +22,7 @@ from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, affine, damp, gru, sums_columns
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
+from lopt.hrnn import BASE_FAN_IN
 from lopt.meta.tasks.base import Data, Random, Task
 from lopt.state import FACTOR, UNDAMPED
 from lopt.train.group import ALONE, Group
@@ -72,6 +73,7 @@ class Augment:
         lr_tensor, lr_param: standard deviations of the jitter of a tensor's and a parameter's initial log lr.
         scale: of each tensor's parameters, log-uniform; (1, 1) for none.
         loss_scale: of each task's loss, log-uniform.
+        base_fan_in: of `lopt.HRNN`: steps of a tensor of more inputs are shorter by their ratio.
     """
 
     lr: tuple[float, float] = (1e-4, 3e-2)
@@ -79,6 +81,7 @@ class Augment:
     lr_param: float = 0.1
     scale: tuple[float, float] = (1.0, 1.0)
     loss_scale: tuple[float, float] = (1e-4, 1e4)
+    base_fan_in: float | None = BASE_FAN_IN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,12 +378,12 @@ class World:
         self.loss_scale[:, p] = random.log_uniform(rows, low=augment.loss_scale[0], high=augment.loss_scale[1])
         begin = self.mix.problems.bounds[p][0]
         of_task = random.log_uniform(rows, 1, low=augment.lr[0], high=augment.lr[1]).log()
-        for size in task.sizes:
+        for size, inputs in zip(task.sizes, task.fan_in, strict=True):
             own = of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
             log_lr[:, begin : begin + size] = own
-            self.scale[:, begin : begin + size] = random.log_uniform(
-                rows, 1, low=augment.scale[0], high=augment.scale[1]
-            )
+            scale = random.log_uniform(rows, 1, low=augment.scale[0], high=augment.scale[1])
+            shorter = 1.0 if augment.base_fan_in is None else min(1.0, augment.base_fan_in / inputs)
+            self.scale[:, begin : begin + size] = scale * shorter
             begin += size
 
     def unroll(self, meta: Meta, steps: int, *, derivatives: int) -> Tensor:

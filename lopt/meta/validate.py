@@ -1,7 +1,8 @@
 """How good meta-parameters are on tasks they are not trained on, beside Adam.
 
-The tasks are larger than those of meta-training and of other shapes. Everything is drawn from a fixed seed, so that
-scores of different meta-parameters can be compared; Adam gets the same data and starts, at each of seven rates.
+The tasks are larger than those of meta-training and of other shapes, and steps are those of `lopt.HRNN` at its
+defaults. Everything is drawn from a fixed seed, so that scores of different meta-parameters can be compared; Adam gets
+the same data and starts, at each of seven rates.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lopt.config import HRNNConfig
-from lopt.hrnn import INIT_LR
+from lopt.hrnn import BASE_FAN_IN, INIT_LR
 from lopt.meta.estimators import unflatten
 from lopt.meta.tasks import Random, Task
 from lopt.meta.tasks import networks as nets
@@ -26,7 +27,7 @@ FLOOR = 1e-8  # of a loss relative to its start
 
 
 def validation_tasks() -> dict[str, Task]:
-    """Name and task; between 200 and 2,500 parameters."""
+    """Name and task; between 200 and 3,700 parameters."""
     relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
     return {
         "softmax": nets.Linear(24, 8, samples=512, noise=0.1),
@@ -40,6 +41,12 @@ def validation_tasks() -> dict[str, Task]:
         "language": nets.Language(14, 12, 10, batch=16, samples=384),
         "autoencoder": nets.Autoencoder((12, 4, 12), gelu, features=20, samples=384),
         "regression": nets.MLP((24, 24), tanh, features=10, outputs=2, regression=True, samples=384),
+        "softmax_wide": nets.Linear(64, 10, samples=768),
+        "softmax_wide_noisy": nets.Linear(64, 10, samples=768, noise=0.2),
+        "mlp_wide_noisy": nets.MLP((32,), relu, features=64, outputs=10, samples=512, noise=0.2),
+        "deep_wide": nets.MLP((24,) + (12,) * 5, relu, features=64, outputs=8, samples=512),
+        "autoencoder_wide": nets.Autoencoder((24, 8, 24), gelu, features=64, samples=512),
+        "regression_wide": nets.MLP((32, 32), tanh, features=32, outputs=2, regression=True, samples=384),
     }
 
 
@@ -75,20 +82,28 @@ def _world(
     repeat: int,
     seed: int,
     init_lr: float,
+    base_fan_in: float | None,
     device: torch.device,
 ) -> World:
     random = Random(torch.Generator(device).manual_seed(seed), repeat)
-    augment = Augment((init_lr, init_lr), 0.0, 0.0, loss_scale=(1.0, 1.0))
+    augment = Augment((init_lr, init_lr), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=base_fan_in)
     world = World(Mix(tasks, config, device), rows, random, Draw(1e9), augment, Curve())
     world.fresh = False
     return world
 
 
 def learned(
-    meta: MetaParams, tasks: Sequence[Task], steps: int, *, rows: int = 2, seed: int = 1, init_lr: float = INIT_LR
+    meta: MetaParams,
+    tasks: Sequence[Task],
+    steps: int,
+    *,
+    rows: int = 2,
+    seed: int = 1,
+    init_lr: float = INIT_LR,
+    base_fan_in: float | None = BASE_FAN_IN,
 ) -> Tensor:
     """Losses of training the tasks with the learned optimizer: [K, rows, P]."""
-    world = _world(tasks, meta.config, rows, 1, seed, init_lr, meta.device)
+    world = _world(tasks, meta.config, rows, 1, seed, init_lr, base_fan_in, meta.device)
     with torch.no_grad():
         named = unflatten(meta.config, meta.flat())
         world.restart(named)
@@ -99,7 +114,7 @@ def adam(
     tasks: Sequence[Task], steps: int, *, rows: int = 2, seed: int = 1, rates: Sequence[float] = ADAM_RATES
 ) -> Tensor:
     """Losses of training the same tasks with Adam: [rates, K, rows, P]."""
-    world = _world(tasks, HRNNConfig(), len(rates) * rows, len(rates), seed, INIT_LR, torch.device("cpu"))
+    world = _world(tasks, HRNNConfig(), len(rates) * rows, len(rates), seed, INIT_LR, None, torch.device("cpu"))
     with torch.no_grad():
         world.restart(MetaParams.init())
     mix, theta = world.mix, world.theta

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lopt
 from lopt import HRNNConfig, MetaParams
 from lopt.backends import reference
 from lopt.backends.reference import FlatState, Segments
@@ -162,6 +163,36 @@ def test_augmentations_leave_the_task_as_it_is():
         results.append(world.theta)
     moved = (results[0] - start).abs().max()
     assert (results[0] - results[1]).abs().max() < 1e-3 * moved
+
+
+@pytest.mark.parametrize("task", [networks.Linear(48, 3, samples=32), networks.Attention(5, 4, 12, samples=32)])
+def test_steps_are_those_of_the_front_end(task: networks.Network):
+    """Of tensors as torch.nn has them, with fewer, as many and more inputs than `base_fan_in`."""
+    config = HRNNConfig(level_sizes=(4, 5, 6), ms_eps=1e-30, rms_eps=1e-30, log_lr_min=-9.0)
+    meta = MetaParams.init(config, seed=2)
+    random = Random(torch.Generator().manual_seed(0))
+    augment = Augment((3e-2, 3e-2), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=20)
+    world = World(Mix([task], config), 1, random, Draw(1000), augment, Objective())
+    world.restart(meta)
+    parts = [part.view(shape) for part, shape in zip(world.theta[0].split(task.sizes), task.shapes, strict=True)]
+    inputs_first = [  # torch.nn's tables have their inputs last
+        len(shape) == 2 and not (isinstance(task, networks.Attention) and place < 2)
+        for place, shape in enumerate(task.shapes)
+    ]
+    params = [
+        torch.nn.Parameter((part.T if flip else part).clone()) for part, flip in zip(parts, inputs_first, strict=True)
+    ]
+    optimizer = lopt.HRNN(params, meta=meta, init_lr=3e-2, base_fan_in=20, backend="reference")
+    for _ in range(4):
+        optimizer.zero_grad()
+        seen = [(param.T if flip else param)[None] for param, flip in zip(params, inputs_first, strict=True)]
+        task.loss(seen, world.data[0]).sum().backward()
+        optimizer.step()
+    start = world.theta
+    world.unroll(meta, 4, derivatives=0)
+    ours = torch.cat([(param.T if flip else param).flatten() for param, flip in zip(params, inputs_first, strict=True)])
+    # float32 beside other kernels; of fan-ins above 20 a step is 20 / 48 or 20 / 24 as long.
+    assert (world.theta[0] - ours.detach()).abs().max() < 1e-3 * (world.theta - start).abs().max()
 
 
 def test_a_task_whose_loss_overflows_counts_as_the_cap_and_stays_finite():

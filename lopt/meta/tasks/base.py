@@ -85,6 +85,11 @@ class Task:
         """Number of parameters of each tensor."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def fan_in(self) -> tuple[int, ...]:
+        """Inputs of each tensor, by which `base_fan_in` shortens its steps. Default: 1, so that it does not."""
+        return (1,) * len(self.shapes)
+
     def instance(self, count: int, random: Random) -> Data:
         """What makes up `count` problems: matrices, data sets, teachers."""
         return {}
@@ -111,6 +116,10 @@ class Wrapper(Task):
 
     def __init__(self, task: Task) -> None:
         self.task, self.shapes, self.weight = task, task.shapes, task.weight
+
+    @property
+    def fan_in(self) -> tuple[int, ...]:
+        return self.task.fan_in
 
     def instance(self, count: int, random: Random) -> Data:
         return self.task.instance(count, random)
@@ -200,6 +209,10 @@ class Sum(Task):
     def __init__(self, *tasks: Task) -> None:
         self.tasks = tasks
         self.shapes = tuple(shape for task in tasks for shape in task.shapes)
+
+    @property
+    def fan_in(self) -> tuple[int, ...]:
+        return tuple(inputs for task in self.tasks for inputs in task.fan_in)
 
     def _split(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         parts, begin = [], 0

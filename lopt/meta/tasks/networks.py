@@ -73,8 +73,13 @@ class Network(Batches):
         self.noise, self.regression, self.gain = noise, regression, gain
         self.shapes = tuple(self.layout())
 
+    @property
+    def fan_in(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape[:-1]) for shape in self.shapes)
+
     def layout(self) -> list[tuple[int, ...]]:
-        """Shapes of the parameter tensors; a vector is a bias, or a normalisation's scale where `start` says so."""
+        """Shapes of the parameter tensors, outputs last; a vector is a bias, or a normalisation's scale if `start` says
+        so."""
         raise NotImplementedError
 
     def output(self, params: Params, x: Tensor) -> Tensor:
@@ -308,6 +313,10 @@ class Tokens(Network):
     ) -> None:
         self.vocabulary, self.length, self.width = vocabulary, length, width
         super().__init__(vocabulary * length, outputs, samples=samples, batch=batch, noise=noise)
+
+    @property
+    def fan_in(self) -> tuple[int, ...]:
+        return (self.width, *super().fan_in[1:])  # of torch.nn.Embedding's [vocabulary, width]
 
     def samples_of(self, count: int, random: Random) -> Tensor:
         """[count, samples, length], tokens."""
