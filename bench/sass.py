@@ -88,6 +88,7 @@ def kernels() -> dict[str, Kernel]:
     inputs = {
         "DAMPING": config.damping,
         "DAMPING_DECAY": config.damping_decay,
+        "DISTANCE": config.log_lr_min_distance > 0,
         "LIMIT": GRADIENT_LIMIT,
         "INPUTS": config.tensor_input_size,
         "COLUMNS": columns.count,
@@ -109,6 +110,7 @@ def kernels() -> dict[str, Kernel]:
                 "PROBLEM": True,
                 "DAMPED": config.damping > 0,
                 "LOG_LR_MIN_STEPS": config.log_lr_min_steps,
+                "LOG_LR_MIN_DISTANCE": config.log_lr_min_distance,
                 "COMPACT": False,
                 "KIND": 0,
             },

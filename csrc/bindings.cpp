@@ -148,6 +148,7 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
   c.global_last = config["global_last"].cast<bool>();
   c.log_lr_min = config["log_lr_min"].cast<float>();
   c.log_lr_min_steps = config["log_lr_min_steps"].cast<float>();
+  c.log_lr_min_distance = config["log_lr_min_distance"].cast<float>();
   c.log_lr_max = config["log_lr_max"].cast<float>();
   c.ms_eps = config["ms_eps"].cast<float>();
   c.rms_eps = config["rms_eps"].cast<float>();
@@ -163,14 +164,14 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
 }
 
 static void advance(const lopt::Meta& meta, bool compact, List grads, List dtypes, List maximize, List n, List numel, List hidden, List accum,
-                    List ms, List step, List tensor_hidden, List log_lr_mean, List damping, List log_lr, int64_t global_hidden,
-                    int64_t grad_scale, int64_t skip, int64_t update, int64_t attention_update, int64_t sums, int threads) {
+                    List ms, List step, List tensor_hidden, List log_lr_mean, List damping, List distance, List log_lr,
+                    int64_t global_hidden, int64_t grad_scale, int64_t skip, int64_t update, int64_t attention_update, int64_t sums, int threads) {
   std::vector<lopt::AdvanceTensor> tensors(grads.size());
   for (int i = 0; i < grads.size(); i++)
     tensors[i] = {grads.address<const void>(i), lopt::Dtype(dtypes.number(i)), maximize.number(i) ? -1.f : 1.f,
                   n.number(i), numel.number(i), hidden.address<void>(i), accum.address<void>(i), ms.address<void>(i),
                   log_lr.address<float>(i), step.address<const float>(i), tensor_hidden.address<const float>(i),
-                  log_lr_mean.address<const float>(i), damping.address<const float>(i)};
+                  log_lr_mean.address<const float>(i), damping.address<const float>(i), distance.address<const float>(i)};
   const lopt::Advance args{&meta, compact, tensors.data(), grads.size(), pointer<const float>(global_hidden),
                            pointer<const float>(grad_scale), pointer<float>(skip), pointer<float>(update),
                            pointer<float>(attention_update), pointer<float>(sums), threads};
@@ -179,13 +180,13 @@ static void advance(const lopt::Meta& meta, bool compact, List grads, List dtype
 }
 
 static void summarise(const lopt::Meta& meta, List numel, List step, List tensor_hidden, List log_lr_mean, List damping,
-                      int64_t global_hidden, int64_t sums, int64_t skip, int64_t scale) {
+                      List distance, int64_t global_hidden, int64_t sums, int64_t sample, int64_t skip, int64_t scale) {
   std::vector<lopt::SummariseTensor> tensors(numel.size());
   for (int i = 0; i < numel.size(); i++)
     tensors[i] = {numel.number(i), tensor_hidden.address<float>(i), log_lr_mean.address<float>(i), damping.address<float>(i),
-                  step.address<float>(i)};
+                  distance.address<float>(i), step.address<float>(i)};
   const lopt::Summarise args{&meta, pointer<const float>(sums), tensors.data(), numel.size(), pointer<float>(global_hidden),
-                             pointer<const float>(skip), pointer<float>(scale)};
+                             pointer<const float>(sample), pointer<const float>(skip), pointer<float>(scale)};
   const py::gil_scoped_release release;
   active().kernels->summarise(args);
 }
@@ -252,7 +253,8 @@ static py::dict gpu_layout() {
 #define LOPT_FIELD(name) weights[#name] = offsetof(W, name) / sizeof(float);
   LOPT_FIELD(gru) LOPT_FIELD(direction) LOPT_FIELD(direction_shortcut) LOPT_FIELD(attention) LOPT_FIELD(attention_shortcut)
   LOPT_FIELD(decay) LOPT_FIELD(decay_bias) LOPT_FIELD(log_lr) LOPT_FIELD(log_lr_bias) LOPT_FIELD(momentum)
-  LOPT_FIELD(log_lr_min) LOPT_FIELD(log_lr_min_steps) LOPT_FIELD(log_lr_max) LOPT_FIELD(log2_step_offset)
+  LOPT_FIELD(log_lr_min) LOPT_FIELD(log_lr_min_steps) LOPT_FIELD(log_lr_min_distance) LOPT_FIELD(log_lr_max)
+  LOPT_FIELD(log2_step_offset)
   LOPT_FIELD(attention_factor) LOPT_FIELD(ms_eps) LOPT_FIELD(rms_eps)
 #undef LOPT_FIELD
   py::dict layout;
@@ -267,6 +269,7 @@ static py::dict gpu_layout() {
   layout["pack"] = lopt::gpu::kPack;
   layout["tile"] = lopt::gpu::kTile;
   layout["largest_level"] = lopt::gpu::kLargestLevel;
+  layout["samples"] = lopt::kSamples;
   return layout;
 }
 
@@ -348,6 +351,7 @@ static void gpu_summarise(bool emulated, int64_t stream, const py::dict& values)
   args.damping_decay = float(named.real("damping_decay"));
   args.gradient_limit = float(named.real("gradient_limit"));
   args.global_hidden = named.address<float>("global_hidden");
+  args.sample = named.address<const float>("sample");
   args.skip = named.address<const float>("skip");
   args.scale = named.address<float>("scale");
   args.states = named.address<float>("states");

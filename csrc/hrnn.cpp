@@ -96,6 +96,7 @@ Meta pack(const Config& config, Find find, const void* context) {
   w.momentum = 1 / (1 + std::exp(-scalar("log_lr.momentum")));
   w.log_lr_min = config.log_lr_min;
   w.log_lr_min_steps = config.log_lr_min_steps;
+  w.log_lr_min_distance = config.log_lr_min_distance;
   w.log_lr_max = config.log_lr_max;
   w.log2_step_offset = scalar("log_step.offset") * kLog2E;
   w.attention_factor = std::exp(-scalar("log_step.offset"));

@@ -18,7 +18,7 @@ struct Config {
   bool attention, shortcut, products;
   bool relative_to_problem;  // the log lr is taken relative to the mean over all tensors, otherwise over its own
   bool global_last;          // the global GRU reads the last tensor's state instead of the mean over the tensors
-  float log_lr_min, log_lr_min_steps, log_lr_max, ms_eps, rms_eps;
+  float log_lr_min, log_lr_min_steps, log_lr_min_distance, log_lr_max, ms_eps, rms_eps;
   float damping, damping_decay;  // the former 0 without
   float fixed_grad_decay, fixed_scale_decay;  // where they are not read out of the hidden state
 
@@ -60,7 +60,7 @@ struct AdvanceTensor {
   int64_t numel;  // parameters of the whole tensor, of which this may be a shard
   void *hidden, *accum, *ms;  // [10, n], [4, n], [4, n]; float, or as hrnn_compact.h says; updated in place
   float* log_lr;  // [n], likewise
-  const float *step, *tensor_hidden, *log_lr_mean, *damping;  // the last null without
+  const float *step, *tensor_hidden, *log_lr_mean, *damping, *distance;  // the last two null without
 };
 
 struct Advance {
@@ -78,7 +78,7 @@ struct Advance {
 
 struct SummariseTensor {
   int64_t numel;
-  float *tensor_hidden, *log_lr_mean, *damping, *step;  // damping null without
+  float *tensor_hidden, *log_lr_mean, *damping, *distance, *step;  // damping and distance null without
 };
 
 struct Summarise {
@@ -87,6 +87,7 @@ struct Summarise {
   const SummariseTensor* tensors;
   int count;
   float* global_hidden;
+  const float* sample;  // [count][kSamples] updates of sampled parameters, null without distances
   const float* skip;
   float* scale;  // [count][directions]
 };

@@ -316,7 +316,7 @@ Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tens
   add_product(tensor.tensor_hidden, meta.from_tensor.data(), meta.config.tensor_size, Meta::kOutputs, bias);
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
   injected.rising_momentum = rising_momentum(meta.weights.momentum, tensor.damping ? tensor.damping[kFactor] : 1);
-  injected.lowest = lowest_log_lr(meta.weights.log_lr_min, meta.weights.log_lr_min_steps, *tensor.step);
+  injected.lowest = lowest_log_lr(meta.weights, *tensor.step, tensor.distance);
   injected.started = *tensor.step > 0;
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
@@ -435,8 +435,13 @@ void summarise(const Summarise& args) {
     float factor = 1;
     if (tensor.damping)
       factor = damp(tensor.damping, means[columns - 1], config.damping, config.damping_decay, kGradientLimit);
-    args.scale[i * config.directions()] = factor / std::sqrt(means[inputs] + kDirectionEps);
+    const float scale = args.scale[i * config.directions()] = factor / std::sqrt(means[inputs] + kDirectionEps);
     if (config.attention) args.scale[i * 2 + 1] = factor / std::sqrt(means[inputs + 2] + kDirectionEps);
+    if (tensor.distance) {
+      float squares = 0;
+      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, scale * args.sample[i * kSamples + s]);
+      arrive(tensor.distance, squares);
+    }
   }
   if (config.global_size) advance_gru(meta.global, global_input.data(), nullptr, args.global_hidden, scratch);
 }

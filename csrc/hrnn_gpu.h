@@ -295,7 +295,7 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
     if (thread != 0) return;
     injected.keeps_all = keeps_all;
     injected.started = started;
-    injected.lowest = lowest_log_lr(weights.log_lr_min, weights.log_lr_min_steps, step);
+    injected.lowest = lowest_log_lr(weights, step, row.address<const float>(AdvanceColumn::DISTANCE));
     injected.rising_momentum = rising_momentum(weights.momentum, factor);
     injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0]
                                                     : *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
@@ -734,6 +734,7 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<com
 
 struct SummaryShared {
   float x[gpu::kLargestLevel], h[gpu::kLargestLevel], gates[2 * gpu::kLargestLevel];
+  float squares[kSamples];
   bool last;
 };
 
@@ -794,6 +795,20 @@ LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared
     for (int i = thread; i < args.inputs; i += B::threads) shared.x[i] = sums[i] / numel;
     for (int j = thread; j < size; j += B::threads) shared.h[j] = q[j];
   });
+  if (args.sample) {
+    float* const distance = row.address<float>(SummaryColumn::DISTANCE);
+    const float scale = args.scale[int64_t(block.index) * (1 + args.attention)];
+    block.each([&](int thread) {
+      if (thread < kSamples)
+        shared.squares[thread] = travel(distance, thread, scale * args.sample[int64_t(block.index) * kSamples + thread]);
+    });
+    block.each([&](int thread) {
+      if (thread != 0) return;
+      float squares = 0;
+      for (int s = 0; s < kSamples; s++) squares += shared.squares[s];
+      arrive(distance, squares);
+    });
+  }
   if (!size) return;
   advance_gru(block, shared, args.tensor_weights, args.global_hidden, args.inputs, size, above);
   block.each([&](int thread) {

@@ -44,6 +44,8 @@ struct Variant {
 
 enum Decay { kGrad, kScale };
 enum Damping { kTotal, kWeight, kFactor, kDampings };  // the numbers of a tensor's state of that name
+constexpr int kSamples = 32;  // parameters of a tensor from which its distance from the start is estimated
+enum Distance { kLargest, kAway, kDistances = kAway + kSamples };  // likewise; how far each of them is
 
 // Meta-parameters of the parameter level, as `pack` lays them out.
 template <class Real>
@@ -56,7 +58,7 @@ struct Weights {
   Real decay[kHidden][2], decay_bias[2];
   Real log_lr[kHidden], log_lr_bias;
   Real momentum;             // of the smoothed log lr, after the sigmoid
-  Real log_lr_min, log_lr_min_steps, log_lr_max;  // the first before the first step: see `lowest_log_lr`
+  Real log_lr_min, log_lr_min_steps, log_lr_min_distance, log_lr_max;  // see `lowest_log_lr`
   Real log2_step_offset;     // binary logarithm of what the step is longer than the learning rate by
   Real attention_factor;     // how much longer the attention step is than the step
   Real ms_eps, rms_eps;
@@ -88,9 +90,22 @@ LOPT_HD float damp(float* damping, float square, float share, float decay, float
 // Momentum of a rising log lr after that factor.
 LOPT_HD float rising_momentum(float momentum, float factor) { return momentum + (1 - factor) * (1 - momentum); }
 
-// Lower bound of the log lr of a tensor that has taken `step` steps; one that stays where `steps` is 0.
-LOPT_HD float lowest_log_lr(float log_lr_min, float steps, float step) {
-  return steps > 0 ? log_lr_min - log1pf(step / steps) / 2 : log_lr_min;
+// Lower bound of the log lr of a tensor that has taken `step` steps. `distance` is not read unless the bound follows it.
+LOPT_HD float lowest_log_lr(const Weights<float>& w, float step, const float* distance) {
+  float lowest = w.log_lr_min;
+  if (w.log_lr_min_distance > 0) lowest = fmaxf(lowest, logf(w.log_lr_min_distance * distance[kLargest]));
+  return w.log_lr_min_steps > 0 ? lowest - log1pf(step / w.log_lr_min_steps) / 2 : lowest;
+}
+
+// Moves a sampled parameter of a tensor; returns the square of how far it is.
+LOPT_HD float travel(float* distance, int sample, float move) {
+  const float away = distance[kAway + sample] += move;
+  return away * away;
+}
+
+// Takes note of the sum of these squares.
+LOPT_HD void arrive(float* distance, float squares) {
+  distance[kLargest] = fmaxf(distance[kLargest], sqrtf(squares / kSamples));
 }
 
 // Elementary functions: fma, min, max, sqrt, rsqrt, ratio, exp2, log, asinh; `divides_by_infinity`: exp2 of a large number is

@@ -24,7 +24,7 @@ Tests: tests/kernels/test_hrnn.py. Registers and instructions: `python -m lopt.b
 import triton
 import triton.language as tl
 
-from lopt import compact
+from lopt import compact, state
 from lopt.backends.gpu import AdvanceColumn, ApplyColumn, SummaryColumn
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -77,6 +77,7 @@ STEP = tl.constexpr(AdvanceColumn.STEP.value)
 TENSOR_HIDDEN = tl.constexpr(AdvanceColumn.TENSOR_HIDDEN.value)
 LOG_LR_MEAN = tl.constexpr(AdvanceColumn.LOG_LR_MEAN.value)
 DAMPING_STATE = tl.constexpr(AdvanceColumn.DAMPING.value)
+DISTANCE_STATE = tl.constexpr(AdvanceColumn.DISTANCE.value)
 SIZE = tl.constexpr(AdvanceColumn.SIZE.value)
 NUMEL = tl.constexpr(AdvanceColumn.NUMEL.value)
 OFFSET = tl.constexpr(AdvanceColumn.OFFSET.value)
@@ -86,6 +87,7 @@ CHUNK_SIZE = tl.constexpr(AdvanceColumn.CHUNK_SIZE.value)
 SUMMARY_TENSOR_HIDDEN = tl.constexpr(SummaryColumn.TENSOR_HIDDEN.value)
 SUMMARY_LOG_LR_MEAN = tl.constexpr(SummaryColumn.LOG_LR_MEAN.value)
 SUMMARY_DAMPING = tl.constexpr(SummaryColumn.DAMPING.value)
+SUMMARY_DISTANCE = tl.constexpr(SummaryColumn.DISTANCE.value)
 SUMMARY_STEP = tl.constexpr(SummaryColumn.STEP.value)
 SUMMARY_NUMEL = tl.constexpr(SummaryColumn.NUMEL.value)
 PARAM = tl.constexpr(ApplyColumn.PARAM.value)
@@ -111,6 +113,8 @@ MIXED = tl.constexpr(4)  # for compile-time kinds: look into the table
 HIDDEN_STEPS = tl.constexpr(float(compact.HIDDEN_STEPS))
 MS_STEPS = tl.constexpr(compact.MS_STEPS)
 MS_ZERO = tl.constexpr(compact.MS_ZERO)
+SAMPLES = tl.constexpr(state.SAMPLES)
+TINY = tl.constexpr(1e-37)  # instead of 0 in a logarithm
 LARGEST_RATIO = tl.constexpr(65504.0)  # of float16
 SMALLEST_MS = tl.constexpr(2.0**-126)  # that is normal: less is flushed to 0
 
@@ -126,6 +130,7 @@ POINTERS = [
     "from_tensor",
     "from_global",
     "global_hidden",
+    "sample",
     "skip",
     "grad_scale",
     "weights",
@@ -331,6 +336,7 @@ def prepare(
     PROBLEM: tl.constexpr,
     DAMPED: tl.constexpr,
     LOG_LR_MIN_STEPS: tl.constexpr,
+    LOG_LR_MIN_DISTANCE: tl.constexpr,
     COMPACT: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -339,7 +345,8 @@ def prepare(
 
     table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
-    weights: [WEIGHTS]. DAMPED: log lrs rise slower after small gradients. LOG_LR_MIN_STEPS: as in the configuration.
+    weights: [WEIGHTS]. DAMPED: log lrs rise slower after small gradients.
+    LOG_LR_MIN_STEPS, LOG_LR_MIN_DISTANCE: as in the configuration.
     bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
     skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
@@ -363,6 +370,7 @@ def prepare(
             PROBLEM,
             DAMPED,
             LOG_LR_MIN_STEPS,
+            LOG_LR_MIN_DISTANCE,
             COMPACT,
         )
     elif tl.load(skip) == 0:
@@ -398,6 +406,7 @@ def share(
     PROBLEM: tl.constexpr,
     DAMPED: tl.constexpr,
     LOG_LR_MIN_STEPS: tl.constexpr,
+    LOG_LR_MIN_DISTANCE: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
     """Write a tensor's row of `shared` from the tensor and global states before the step."""
@@ -440,6 +449,9 @@ def share(
 
     step = tl.load(floats(column(table, STEP, tensors, tensor)))
     lowest = tl.load(weights + SCALARS + 8)
+    if LOG_LR_MIN_DISTANCE > 0:
+        distance = LOG_LR_MIN_DISTANCE * tl.load(floats(column(table, DISTANCE_STATE, tensors, tensor)))
+        lowest = tl.maximum(lowest, tl.log(tl.maximum(distance, TINY)))
     if LOG_LR_MIN_STEPS > 0:
         lowest -= 0.5 * tl.log(1.0 + step / LOG_LR_MIN_STEPS)
     tl.store(row + LOWEST, lowest)
@@ -903,6 +915,20 @@ def damp(damping, square, DAMPING: tl.constexpr, DECAY: tl.constexpr, LIMIT: tl.
     return factor
 
 
+@inlined
+def travel(distance, scale, sample):
+    """Take note of how far a tensor has come after its sampled parameters have moved.
+
+    distance: [1 + SAMPLES] the largest so far, root mean square; how far each is; updated. sample: [SAMPLES] updates.
+    """
+    s = tl.arange(0, SAMPLES)
+    away = tl.load(distance + 1 + s) + scale * tl.load(sample + s)
+    largest = tl.maximum(tl.load(distance), tl.sqrt(tl.sum(away * away, 0) / SAMPLES))
+    tl.debug_barrier()  # every thread has read them
+    tl.store(distance + 1 + s, away)
+    tl.store(distance, largest)
+
+
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
 def summarise(
     table,
@@ -910,6 +936,7 @@ def summarise(
     sums,
     levels,
     global_hidden,
+    sample,
     skip,
     scale,
     scratch,
@@ -917,6 +944,7 @@ def summarise(
     EPS: tl.constexpr,
     DAMPING: tl.constexpr,
     DAMPING_DECAY: tl.constexpr,
+    DISTANCE: tl.constexpr,
     LIMIT: tl.constexpr,
     INPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -933,6 +961,7 @@ def summarise(
     levels: weights of the tensor GRU, then of the global one. skip: [] other than 0: nothing is changed.
     scale: [tensors, 1 + ATTENTION], written. scratch: [tensors, 2, WIDTH]. ticket: int32 [], zero before and after.
     LAST: the global GRU reads the last tensor's state instead of the mean over the tensors.
+    sample: [tensors, SAMPLES] updates of sampled parameters, anything without DISTANCE.
     DAMPING, DAMPING_DECAY: of the configuration. LIMIT: of gradients.
     """
     if tl.load(skip) != 0:
@@ -948,6 +977,10 @@ def summarise(
     for i in tl.static_range(1 + ATTENTION):
         mean = tl.load(row + SQUARES + 2 * i) / numel
         tl.store(scale + tensor * (1 + ATTENTION) + i, factor / tl.sqrt(mean + EPS))
+    if DISTANCE:
+        distance = floats(column(table, SUMMARY_DISTANCE, tensors, tensor))
+        move = factor / tl.sqrt(tl.load(row + SQUARES) / numel + EPS)
+        travel(distance, move, sample + tensor.to(tl.int64) * SAMPLES)
     tl.store(floats(column(table, SUMMARY_LOG_LR_MEAN, tensors, tensor)), tl.load(row + SQUARES + 1) / numel)
     step = floats(column(table, SUMMARY_STEP, tensors, tensor))
     before = tl.load(step)

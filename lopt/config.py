@@ -46,6 +46,10 @@ class HRNNConfig:
         log_lr_min_steps: after how many steps the lower bound begins to fall: it is log_lr_min - log(1 + t / this) / 2
             in a tensor's step t, counted from 0, for a learning rate that falls at most with the root of time. 0: it
             stays, as in the paper.
+        log_lr_min_distance: before it falls, the lower bound is the logarithm of this share of the largest distance
+            that the tensor has had from where it started, root mean square over its parameters, where that is above
+            log_lr_min. Distance / sqrt(t) is a rate that nobody has to tune: "DoG is SGD's Best Friend" (Ivgi, Hinder,
+            Carmon 2023). 0: none, as in the paper.
         ms_eps: added to the squared average inside the moving mean square.
         rms_eps: added to the mean square under the root and in its logarithm.
         damping: a tensor whose gradient's root mean square is below this share of its own moving average takes steps
@@ -79,6 +83,7 @@ class HRNNConfig:
     log_lr_min: float = -33.0
     log_lr_max: float = 33.0
     log_lr_min_steps: float = 0.0
+    log_lr_min_distance: float = 0.0
     ms_eps: float = 1e-12
     rms_eps: float = 1e-16
     damping: float = 0.0
@@ -108,11 +113,11 @@ class HRNNConfig:
                 "gradient_products=True needs timescales >= 2: there is no neighbouring average to multiply"
             )
         if not self.dynamic_output_scale:
-            reading = [
-                f"{name}={getattr(self, name)!r}"
-                for name in ("relative_log_lr", "extreme_indicator", "lr_shortcut", "log_lr_min_steps", "damping")
-                if getattr(self, name)
+            reads_log_lr = [
+                *("relative_log_lr", "extreme_indicator", "lr_shortcut"),
+                *("log_lr_min_steps", "log_lr_min_distance", "damping"),
             ]
+            reading = [f"{name}={getattr(self, name)!r}" for name in reads_log_lr if getattr(self, name)]
             if reading:
                 raise ValueError(f"{', '.join(reading)} needs dynamic_output_scale=True: without it there is no log lr")
         if not (
@@ -124,6 +129,10 @@ class HRNNConfig:
         if not 0 <= self.log_lr_min_steps < math.inf:
             raise ValueError(
                 f"log_lr_min_steps must be a number of steps, or 0 for a bound that stays, got {self.log_lr_min_steps}"
+            )
+        if not 0 <= self.log_lr_min_distance < math.inf:
+            raise ValueError(
+                f"log_lr_min_distance must be a share of the distance, or 0 for none, got {self.log_lr_min_distance}"
             )
         for name in ("ms_eps", "rms_eps"):
             if not 0 <= getattr(self, name) < 1:

@@ -5,8 +5,8 @@ The stages of a step see local shards. What they need of the other processes is 
     agree       before `advance`: which parameters have a gradient on any process, and whether any gradient is
                 non-finite. State is updated in place, so this has to be known before the first value is written.
                 4 bytes, and 4 more per parameter.
-    Shards.sum  between `advance` and `summarise`: the sums over whole tensors, 100 bytes per tensor for the shipped
-                meta-parameters. What follows of them is the same on every process.
+    Shards.sum  between `advance` and `summarise`: the sums over whole tensors and the updates of sampled parameters,
+                228 bytes per tensor for the shipped meta-parameters. What follows of them is the same on every process.
 
 There are two because `advance` makes the sums in the very pass over memory that overwrites the state, and what it
 overwrites follows neither from the new state nor from the gradient. For a flag that came with the sums, a copy of the
@@ -35,6 +35,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -87,12 +88,43 @@ class Shards(NamedTuple):
         """Those of the tensors that have values on any process."""
         return self.take([index for index, count in enumerate(self.numel) if count > 0])
 
-    def sum(self, sums: Tensor) -> None:
-        """Complete the sums over each tensor, [T, K], in place."""
+    def sum(self, sums: Tensor, sample: Tensor | None, sampled: Tensor | None) -> Tensor | None:
+        """Complete the sums over each tensor, [T, K], in place, and the updates of sampled parameters.
+
+        Args:
+            sample: [T, SAMPLES] updates, where there are distances. sampled: their places, below 0 where not here.
+
+        Returns:
+            [T, SAMPLES] updates, the same on every process.
+        """
         for row in self.empty:
             sums[row].zero_()
+        table = sums
+        if sample is not None and sampled is not None:
+            table = torch.cat([sums, torch.where(sampled < 0, 0.0, sample)], 1)
         for peers, rows in self.rows.items():
-            _sum(sums, rows, peers)
+            _sum(table, rows, peers)
+        if sample is None:
+            return None
+        sums.copy_(table[:, : sums.shape[1]])
+        return table[:, sums.shape[1] :].contiguous()
+
+    def shape(self, index: int) -> torch.Size:
+        """Of a whole tensor, real numbers."""
+        return real(self.params[index]).shape
+
+    def indices(self, index: int, whole: np.ndarray) -> np.ndarray:
+        """Indices [m, dimensions] of a tensor's parameters as those of its local shard, below 0 where not there."""
+        param = self.params[index]
+        if not is_dtensor(param):
+            return whole
+        own = whole.copy()
+        for dim, size in enumerate(param.shape):
+            here = _along(param, dim)
+            place = np.full(size, -1)
+            place[here] = np.arange(len(here))
+            own[:, dim] = place[whole[:, dim]]
+        return own
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
@@ -132,8 +164,6 @@ def like(param: DTensor, shard: Tensor, outer: int) -> Tensor:
 
 def placements(param: DTensor, outer: int) -> list[Any]:
     """How state with `outer` leading dimensions more than its parameter lies on the parameter's mesh."""
-    from torch.distributed.tensor import Shard
-
     moved: list[Any] = []
     placement: Any
     for placement in param.placements:
@@ -142,11 +172,7 @@ def placements(param: DTensor, outer: int) -> list[Any]:
                 f"a parameter of shape {tuple(param.shape)} is a DTensor of partial sums, {tuple(param.placements)}: "
                 f"redistribute it as Shard or Replicate before it is optimized"
             )
-        if hasattr(placement, "split_factor"):  # sharded over an outer mesh dimension last, as FSDP2 after another
-            placement = type(placement)(placement.dim + outer, split_factor=placement.split_factor)
-        elif not placement.is_replicate():
-            placement = Shard(placement.dim + outer)
-        moved.append(placement)
+        moved.append(placement if placement.is_replicate() else _shard(placement, placement.dim + outer))
     return moved
 
 
@@ -158,6 +184,30 @@ def spread(param: DTensor, value: Tensor, outer: int) -> Tensor:
     if not is_dtensor(value):
         value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return value.redistribute(mesh, placements(param, outer))
+
+
+def _along(param: DTensor, dim: int) -> np.ndarray:
+    """Which indices of a dimension of a DTensor are in its local shard, in their order."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    placements: list[Any] = [Replicate()] * mesh.ndim
+    placement: Any
+    for mesh_dim, placement in enumerate(param.placements):
+        if not placement.is_replicate() and placement.dim == dim:
+            placements[mesh_dim] = _shard(placement, 0)
+    whole = torch.arange(param.shape[dim], device=mesh.device_type)
+    spread_out = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(spread_out.redistribute(mesh, placements)).cpu().numpy()
+
+
+def _shard(placement: Any, dim: int) -> Any:
+    """The same placement along another dimension."""
+    from torch.distributed.tensor import Shard
+
+    if hasattr(placement, "split_factor"):  # sharded over an outer mesh dimension last, as FSDP2 after another
+        return type(placement)(dim, split_factor=placement.split_factor)
+    return Shard(dim)
 
 
 def any_sharded(params: Sequence[Tensor]) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,12 +26,14 @@ from lopt.metaparams import MetaParams
 from lopt.state import (
     FORMATS,
     ROWS,
+    SAMPLES,
     bytes_per_parameter,
     convert,
     init_global,
     init_state,
     like_parameter,
     rows,
+    sampled,
     strides,
 )
 
@@ -63,6 +66,7 @@ class _Listed(NamedTuple):
     sizes: list[int]  # T
     fan_in: list[int]  # T, of the whole tensors where these are shards
     devices: list[torch.device]  # T
+    orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter
 
 
 class _Plan(NamedTuple):
@@ -71,6 +75,8 @@ class _Plan(NamedTuple):
     backend: ModuleType
     meta: MetaParams
     sizes: list[int]  # T, of what is on this device
+    orders: list[tuple[Any, ...]]  # T, likewise
+    sampled: Tensor | None  # [T, SAMPLES] places in `update`, where there is a distance; -1 on another process
     skip: Tensor  # []
     update: Tensor  # [n]
     attention_update: Tensor | None  # [n]
@@ -180,7 +186,7 @@ class HRNN(Optimizer):
         _check_group(options)
         self.meta = MetaParams.resolve(meta)
         if min_lr is not None:
-            self.meta = _bounded(self.meta, min_lr)
+            self.meta = _bounded(self.meta, min_lr, steps=0.0, distance=0.0)
         self._given = self.meta, min_lr is not None
         self.nonfinite = nonfinite
         self.state_format = state_format
@@ -263,8 +269,8 @@ class HRNN(Optimizer):
         meta, asked_for = self._given
         lowest = min(group["init_lr"] for group in self.param_groups)
         above = meta.config.log_lr_min - math.log(lowest)
-        if not asked_for and above > 0:  # what falls with the root of the steps is there exp(2 * above) times later
-            meta = _bounded(meta, lowest, meta.config.log_lr_min_steps * math.exp(min(2 * above, 60)))
+        if not asked_for and above > 0:
+            meta = _lowered(meta, lowest)
         if meta.config != self.meta.config:
             self.meta, self._plans = meta, {}
 
@@ -327,7 +333,7 @@ class HRNN(Optimizer):
             raise ValueError(
                 f"the state of parameter {key} {'lacks' if missing else 'has, beyond this architecture,'} "
                 f"{', '.join(missing or surplus)}: it was saved by another optimizer, or by HRNN with another "
-                f"architecture; pass the same meta as when it was saved"
+                f"architecture; pass the same meta, and min_lr, as when it was saved"
             )
         for name, row in expected.items():
             size = row.size(self.config)
@@ -423,7 +429,8 @@ class HRNN(Optimizer):
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
         if devices.count(devices[0]) == len(devices):
-            skip = self._step_device(devices[0], columns, listed.sizes, groups, rates, found_inf, grad_scale, shards)
+            sizes, orders = listed.sizes, listed.orders
+            skip = self._step_device(devices[0], columns, sizes, orders, groups, rates, found_inf, grad_scale, shards)
         else:
             # One device's overflow must hold back the others before any of them has moved.
             overflows = [~within_limit(grad, grad_scale).to(devices[0]) for grad in columns["grad"]]
@@ -432,9 +439,9 @@ class HRNN(Optimizer):
                 here = [index for index, other in enumerate(devices) if other == device]
                 own = {name: tuple(column[index] for index in here) for name, column in columns.items()}
                 own_shards = None if shards is None else shards.take(here)
-                sizes, own_groups = [listed.sizes[index] for index in here], [groups[index] for index in here]
-                own_rates = [rates[index] for index in here]
-                self._step_device(device, own, sizes, own_groups, own_rates, skip, grad_scale, own_shards)
+                sizes, orders = [listed.sizes[index] for index in here], [listed.orders[index] for index in here]
+                own_groups, own_rates = [groups[index] for index in here], [rates[index] for index in here]
+                self._step_device(device, own, sizes, orders, own_groups, own_rates, skip, grad_scale, own_shards)
         # On the CPU a look costs less than an addition.
         if not skip.is_cpu or torch.compiler.is_compiling() or skip:
             self._skipped = self._skipped.to(skip.device).add_(skip.sign())
@@ -456,6 +463,7 @@ class HRNN(Optimizer):
                 [real(param).numel() for param in params],
                 [math.prod(param.shape[1:]) for param in whole or params],
                 [param.device for param in params],
+                [(hidden.shape[1:], hidden.stride()[1:]) for hidden in columns["hidden"]],
             )
             self._listed = None if compiling else listed
         return listed
@@ -571,6 +579,7 @@ class HRNN(Optimizer):
         device: torch.device,
         columns: dict[str, tuple[Tensor, ...]],
         sizes: list[int],
+        orders: list[tuple[Any, ...]],
         groups: list[Group],
         rates: list[float | Tensor],
         found_inf: Tensor | None,
@@ -580,8 +589,8 @@ class HRNN(Optimizer):
         """The three stages, for all tensors of one device at once; returns [] other than 0 if nothing was changed."""
         numel = sizes if shards is None else shards.numel
         plan = self._plans.get(device)
-        if plan is None or plan.sizes != sizes:
-            plan = self._plans[device] = self._make_plan(device, sizes)
+        if plan is None or plan.sizes != sizes or plan.orders != orders:
+            plan = self._plans[device] = self._make_plan(device, sizes, orders, shards)
         backend, meta, skip, step = plan.backend, plan.meta, plan.skip, columns["step"]
         if found_inf is None:
             skip.zero_()
@@ -589,8 +598,8 @@ class HRNN(Optimizer):
             skip.copy_(found_inf.reshape(()))
         if grad_scale is not None:
             grad_scale = grad_scale.to(device=device, dtype=torch.float32).reshape(())
-        tensor_hidden, log_lr_mean, damping = (
-            columns.get(name, ()) for name in ("tensor_hidden", "log_lr_mean", "damping")
+        tensor_hidden, log_lr_mean, damping, distance = (
+            columns.get(name, ()) for name in ("tensor_hidden", "log_lr_mean", "damping", "distance")
         )
         global_hidden = columns["global_hidden"][0] if "global_hidden" in columns else skip.new_empty(0)
         backend.advance(
@@ -605,6 +614,7 @@ class HRNN(Optimizer):
             global_hidden,
             log_lr_mean,
             damping,
+            distance,
             numel=numel,
             maximize=[group["maximize"] for group in groups],
             grad_scale=grad_scale,
@@ -613,8 +623,9 @@ class HRNN(Optimizer):
             attention_update=plan.attention_update,
             sums=plan.sums,
         )
+        sample = None if plan.sampled is None else plan.update[plan.sampled]
         if shards is not None:
-            shards.sum(plan.sums)
+            sample = shards.sum(plan.sums, sample, plan.sampled)
         backend.summarise(
             meta,
             plan.sums,
@@ -622,8 +633,10 @@ class HRNN(Optimizer):
             global_hidden,
             log_lr_mean,
             damping,
+            distance,
             step,
             numel=numel,
+            sample=sample,
             skip=skip,
             scale=plan.scale,
         )
@@ -641,7 +654,9 @@ class HRNN(Optimizer):
         )
         return skip
 
-    def _make_plan(self, device: torch.device, sizes: list[int]) -> _Plan:
+    def _make_plan(
+        self, device: torch.device, sizes: list[int], orders: list[tuple[Any, ...]], shards: Shards | None
+    ) -> _Plan:
         requested, fused = self.backend, self.defaults["fused"]
         if requested is None and fused is False:
             requested = "reference"
@@ -658,6 +673,8 @@ class HRNN(Optimizer):
             backend=backend,
             meta=MetaParams.from_flat(self.config, self.meta.to(**like).flat()),  # one vector, as operators take it
             sizes=sizes,
+            orders=orders,
+            sampled=_places(orders, sizes, shards).to(device) if self.config.log_lr_min_distance else None,
             skip=torch.zeros((), **like),
             update=updates[0],
             attention_update=updates[1] if self.config.attention else None,
@@ -708,13 +725,35 @@ def _rates(groups: Sequence[Group], fan_in: Sequence[int]) -> list[float | Tenso
     return rates
 
 
-def _bounded(meta: MetaParams, min_lr: float, steps: float = 0.0) -> MetaParams:
-    """The same meta-parameters with another bound below the learned rates. steps: see `log_lr_min_steps`."""
+def _places(orders: Sequence[tuple[Any, ...]], sizes: Sequence[int], shards: Shards | None) -> Tensor:
+    """Where in the update each tensor's `sampled` parameters stand: [T, SAMPLES], -1 for those that are not here."""
+    places, begin = np.full((len(sizes), SAMPLES), -1), 0
+    for index, ((shape, order), size) in enumerate(zip(orders, sizes, strict=True)):
+        own = sampled(shape) if shards is None else shards.indices(index, sampled(shards.shape(index)))
+        here = (own >= 0).all(-1)
+        if here.any():
+            places[index, here] = own[here] @ np.array(order, dtype=np.int64) + begin
+        begin += size
+    return torch.from_numpy(places)
+
+
+def _lowered(meta: MetaParams, init_lr: float) -> MetaParams:
+    """The same meta-parameters with a bound that is nowhere above where rates start."""
+    config = meta.config
+    above, steps, distance = config.log_lr_min - math.log(init_lr), config.log_lr_min_steps, config.log_lr_min_distance
+    if not distance:  # what falls with the root of the steps is there exp(2 * above) times later
+        steps *= math.exp(min(2 * above, 60))
+    return _bounded(meta, init_lr, steps=steps, distance=distance)
+
+
+def _bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -> MetaParams:
+    """The same meta-parameters with another bound below the learned rates: `log_lr_min_steps`, `.._distance`."""
     if not (0 < min_lr < math.inf and math.log(min_lr) < meta.config.log_lr_max):
         raise ValueError(
             f"Invalid min_lr: {min_lr}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
         )
-    return MetaParams(dataclasses.replace(meta.config, log_lr_min=math.log(min_lr), log_lr_min_steps=steps), meta)
+    bound = {"log_lr_min": math.log(min_lr), "log_lr_min_steps": steps, "log_lr_min_distance": distance}
+    return MetaParams(dataclasses.replace(meta.config, **bound), meta)  # type: ignore[arg-type]
 
 
 def _check_group(group: Group) -> None:

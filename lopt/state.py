@@ -10,8 +10,10 @@ recomputed, not stored.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from lopt.metaparams import MetaParams
 FORMATS = ("float32", "compact")
 UNDAMPED = (0.0, 0.0, 1.0)  # `damping` before the first step: moving sum of mean squares, of their weights; factor
 FACTOR = 2  # where the last of these stands
+SAMPLES = 32  # parameters of a tensor from which its distance from the start is estimated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ ROWS = (
     Row("tensor_hidden", "tensor", lambda config: config.tensor_size, lambda config: config.levels >= 2),
     Row("log_lr_mean", "tensor", lambda config: None, lambda config: config.dynamic_output_scale),
     Row("damping", "tensor", lambda config: len(UNDAMPED), lambda config: config.damping > 0),
+    Row("distance", "tensor", lambda config: 1 + SAMPLES, lambda config: config.log_lr_min_distance > 0),
     Row("step", "tensor", lambda config: None),
     Row("global_hidden", "model", lambda config: config.global_size, lambda config: config.levels >= 3),
 )
@@ -117,6 +121,8 @@ def init_state(
         state["log_lr_mean"] = torch.full((), log_lr, dtype=dtype, device=device)
     if config.damping:
         state["damping"] = torch.tensor(UNDAMPED, dtype=dtype, device=device)
+    if config.log_lr_min_distance:
+        state["distance"] = torch.zeros(1 + SAMPLES, dtype=dtype, device=device)
     if config.attention:
         state["true_param"].copy_(param)
     if config.levels >= 2:
@@ -132,6 +138,15 @@ def convert(state: Mapping[str, Tensor], meta: MetaParams, state_format: str) ->
         return dict(state)
     change = compact.decode if is_compact else compact.encode
     return {**state, **change(state, compact.limit(meta))}
+
+
+def sampled(shape: Sequence[int]) -> np.ndarray:
+    """Which parameters of a tensor its distance from the start is estimated from: [SAMPLES, dimensions], indices.
+
+    They are as far from each other as can be, whatever the order in memory; those of a smaller tensor come repeatedly.
+    """
+    flat = np.arange(SAMPLES) * math.prod(shape) // SAMPLES
+    return np.stack(np.unravel_index(flat, shape), -1) if shape else np.zeros((SAMPLES, 0), dtype=np.int64)
 
 
 def init_global(meta: MetaParams, device: torch.device, *, dtype: torch.dtype = torch.float32) -> Tensor:

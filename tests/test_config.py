@@ -43,6 +43,7 @@ def test_tensor_gru_reads_hidden_state_alone_where_features_are_the_bare_average
         ),
         ({"log_lr_min": 1.0, "log_lr_max": 0.0}, ["log_lr_min", "log_lr_max"]),
         ({"log_lr_min_steps": -1.0}, ["log_lr_min_steps"]),
+        ({"log_lr_min_distance": -0.1}, ["log_lr_min_distance"]),
         ({"ms_eps": -1e-12}, ["ms_eps"]),
         ({"damping": 1.5}, ["damping"]),
         ({"damping_decay": 1.0}, ["damping_decay"]),

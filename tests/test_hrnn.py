@@ -255,7 +255,9 @@ def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(plac
     params, meta = place.params(), MetaParams.init(config)
 
     def lowest(optimizer: HRNN, step: float) -> float:
-        return reference.lowest_log_lr(optimizer.config, torch.tensor(step, dtype=torch.float64)).item()
+        config = optimizer.config
+        found = reference.lowest_log_lr(config, torch.tensor(step, dtype=torch.float64), None)
+        return config.log_lr_min if found is None else found.item()
 
     own, low = place.hrnn(params, meta=meta), place.hrnn(params, meta=meta, init_lr=1e-5)
     assert lowest(low, 0) == math.log(1e-5)

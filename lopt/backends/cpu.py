@@ -82,6 +82,7 @@ def _pack(meta: MetaParams) -> Any:
         "global_last": config.global_input == "last",
         "log_lr_min": config.log_lr_min,
         "log_lr_min_steps": config.log_lr_min_steps,
+        "log_lr_min_distance": config.log_lr_min_distance,
         "log_lr_max": config.log_lr_max,
         "ms_eps": config.ms_eps,
         "rms_eps": config.rms_eps,
@@ -156,6 +157,7 @@ def advance(
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
     damping: Sequence[Tensor],
+    distance: Sequence[Tensor],
     *,
     numel: Sequence[int],
     maximize: Sequence[bool],
@@ -167,7 +169,7 @@ def advance(
 ) -> None:
     """Stage 1, per parameter; see `lopt.backends.reference.advance`."""
     kept = _advanced(sums)
-    state = kept(hidden, accum, ms, step, tensor_hidden, log_lr_mean, damping, log_lr)
+    state = kept(hidden, accum, ms, step, tensor_hidden, log_lr_mean, damping, distance, log_lr)
     dtypes = list(map(DTYPES.get, map(_dtype, grads)))
     if None in dtypes or list(map(Tensor.stride, grads)) != kept.strides:
         grads = _ordered(grads, log_lr)
@@ -199,9 +201,11 @@ def summarise(
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
     damping: Sequence[Tensor],
+    distance: Sequence[Tensor],
     step: Sequence[Tensor],
     *,
     numel: Sequence[int],
+    sample: Tensor | None,
     skip: Tensor,
     scale: Tensor,
 ) -> None:
@@ -209,9 +213,10 @@ def summarise(
     native.load().summarise(
         _pack(meta),
         list(numel),
-        *_summarised(scale)(step, tensor_hidden, log_lr_mean, damping),
+        *_summarised(scale)(step, tensor_hidden, log_lr_mean, damping, distance),
         global_hidden.data_ptr(),
         sums.data_ptr(),
+        0 if sample is None else sample.data_ptr(),
         skip.data_ptr(),
         scale.data_ptr(),
     )

@@ -155,7 +155,14 @@ class Stages(gpu.Stages):
         native.load().gpu_advance(*_where(sums), arguments)
 
     def launch_summarise(
-        self, kept: gpu.Summarise, table: Tensor, sums: Tensor, global_hidden: Tensor, skip: Tensor, scale: Tensor
+        self,
+        kept: gpu.Summarise,
+        table: Tensor,
+        sums: Tensor,
+        global_hidden: Tensor,
+        sample: Tensor | None,
+        skip: Tensor,
+        scale: Tensor,
     ) -> None:
         config = kept.meta.config
         arguments = {
@@ -176,6 +183,7 @@ class Stages(gpu.Stages):
             "damping_decay": config.damping_decay,
             "gradient_limit": GRADIENT_LIMIT,
             "global_hidden": global_hidden.data_ptr(),
+            "sample": _address(sample),
             "skip": skip.data_ptr(),
             "scale": scale.data_ptr(),
             "states": kept.scratch.data_ptr(),

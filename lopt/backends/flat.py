@@ -128,7 +128,9 @@ class Kernels:
             return reference.advance_flat(meta, config, segments, grad, state, numel)
         assert state.log_lr is not None and state.log_lr_mean is not None
         relative_to = reference.mean_log_lr(config, state.log_lr_mean, segments.lengths if numel is None else numel)
-        step = state.log_lr_mean.new_zeros(len(segments)) if state.step is None else state.step
+        lowest = reference.lowest_log_lr(config, state.step, state.distance)
+        if lowest is None:
+            lowest = state.log_lr_mean.new_full((len(segments),), config.log_lr_min)
         bias = torch.cat([meta[f"level0.{part}.bias"] for part in GATES], -1)[..., None, :]
         injected = reference.injected_bias(meta, state.tensor_hidden, state.global_hidden)
         injected = bias if injected is None else bias + injected
@@ -171,7 +173,7 @@ class Kernels:
             weights if weights.dim() == 1 else rows(weights, weights.shape[-1]),
             rows(injected, tensors, injected.shape[-1]),
             rows(relative_to, tensors),
-            rows(reference.lowest_log_lr(config, step), tensors),
+            rows(lowest, tensors),
             rows(grad, n),
             rows(state.hidden, config.hidden_size, n),
             rows(state.accum, config.timescales, n),

@@ -51,12 +51,13 @@ class AdvanceColumn(enum.IntEnum):
     TENSOR_HIDDEN = 8
     LOG_LR_MEAN = 9
     DAMPING = 10  # anything without
-    SIZE = 11  # parameters here
-    NUMEL = 12  # parameters of the whole tensor, of which this may be a shard
-    OFFSET = 13  # of the tensor in `update`
-    CHUNK_FIRST = 14
-    CHUNK_COUNT = 15
-    CHUNK_SIZE = 16  # parameters
+    DISTANCE = 11  # anything without
+    SIZE = 12  # parameters here
+    NUMEL = 13  # parameters of the whole tensor, of which this may be a shard
+    OFFSET = 14  # of the tensor in `update`
+    CHUNK_FIRST = 15
+    CHUNK_COUNT = 16
+    CHUNK_SIZE = 17  # parameters
 
 
 class SummaryColumn(enum.IntEnum):
@@ -65,8 +66,9 @@ class SummaryColumn(enum.IntEnum):
     TENSOR_HIDDEN = 0
     LOG_LR_MEAN = 1
     DAMPING = 2  # anything without
-    STEP = 3
-    NUMEL = 4
+    DISTANCE = 3  # anything without
+    STEP = 4
+    NUMEL = 5
 
 
 class ApplyColumn(enum.IntEnum):
@@ -142,7 +144,7 @@ class Scaled:
         grad_decay, grad_decay_bias = decay("grad_decay", FIXED_GRAD_DECAY)
         scale_decay, scale_decay_bias = decay("scale_decay", FIXED_SCALE_DECAY)
         offset = values["log_step.offset"]
-        constants = ("log_lr_min", "log_lr_min_steps", "log_lr_max", "ms_eps", "rms_eps")
+        constants = ("log_lr_min", "log_lr_min_steps", "log_lr_min_distance", "log_lr_max", "ms_eps", "rms_eps")
         return {
             "direction": values["direction.weight"],  # [10]
             "direction_shortcut": values.get("direction.shortcut", self.zeros(4)),
@@ -477,7 +479,14 @@ class Stages:
         raise NotImplementedError
 
     def launch_summarise(
-        self, kept: Summarise, table: Tensor, sums: Tensor, global_hidden: Tensor, skip: Tensor, scale: Tensor
+        self,
+        kept: Summarise,
+        table: Tensor,
+        sums: Tensor,
+        global_hidden: Tensor,
+        sample: Tensor | None,
+        skip: Tensor,
+        scale: Tensor,
     ) -> None:
         """Launch stage 2."""
         raise NotImplementedError
@@ -519,6 +528,7 @@ class Stages:
         global_hidden: Tensor,
         log_lr_mean: Sequence[Tensor],
         damping: Sequence[Tensor],
+        distance: Sequence[Tensor],
         *,
         numel: list[int],
         maximize: Sequence[bool],
@@ -539,6 +549,7 @@ class Stages:
             AdvanceColumn.TENSOR_HIDDEN: tensor_hidden or step,
             AdvanceColumn.LOG_LR_MEAN: log_lr_mean,
             AdvanceColumn.DAMPING: damping or step,
+            AdvanceColumn.DISTANCE: distance or step,
         }
         with torch.cuda.device_of(sums):
             kept = self._keep(
@@ -565,9 +576,11 @@ class Stages:
         global_hidden: Tensor,
         log_lr_mean: Sequence[Tensor],
         damping: Sequence[Tensor],
+        distance: Sequence[Tensor],
         step: Sequence[Tensor],
         *,
         numel: list[int],
+        sample: Tensor | None,
         skip: Tensor,
         scale: Tensor,
     ) -> None:
@@ -576,6 +589,7 @@ class Stages:
             SummaryColumn.TENSOR_HIDDEN: tensor_hidden or step,
             SummaryColumn.LOG_LR_MEAN: log_lr_mean,
             SummaryColumn.DAMPING: damping or step,
+            SummaryColumn.DISTANCE: distance or step,
             SummaryColumn.STEP: step,
         }
         with torch.cuda.device_of(sums):
@@ -586,7 +600,7 @@ class Stages:
             )
             self._follow_meta(kept, meta)
             table = kept.follow(state, numel)
-            self.launch_summarise(kept, table, sums, global_hidden, skip, scale)
+            self.launch_summarise(kept, table, sums, global_hidden, sample, skip, scale)
 
     @torch.no_grad()
     def apply(

@@ -22,12 +22,12 @@ SCHEMAS = {
     "advance": """(
         str backend, str config, Tensor meta, Tensor[] grads, Tensor(a!)[] hidden, Tensor(b!)[] accum, Tensor(c!)[] ms,
         Tensor(d!)[] log_lr, Tensor[] step, Tensor[] tensor_hidden, Tensor global_hidden, Tensor[] log_lr_mean,
-        Tensor[] damping, *, SymInt[] numel, bool[] maximize, Tensor? grad_scale, Tensor(e!) skip, Tensor(f!) update,
-        Tensor(g!)? attention_update, Tensor(h!) sums) -> ()""",
+        Tensor[] damping, Tensor[] distance, *, SymInt[] numel, bool[] maximize, Tensor? grad_scale, Tensor(e!) skip,
+        Tensor(f!) update, Tensor(g!)? attention_update, Tensor(h!) sums) -> ()""",
     "summarise": """(
         str backend, str config, Tensor meta, Tensor sums, Tensor(a!)[] tensor_hidden, Tensor(b!) global_hidden,
-        Tensor(c!)[] log_lr_mean, Tensor(d!)[] damping, Tensor(e!)[] step, *, SymInt[] numel, Tensor skip,
-        Tensor(f!) scale) -> ()""",
+        Tensor(c!)[] log_lr_mean, Tensor(d!)[] damping, Tensor(e!)[] distance, Tensor(f!)[] step, *, SymInt[] numel,
+        Tensor? sample, Tensor skip, Tensor(g!) scale) -> ()""",
     "apply": """(
         str backend, str config, Tensor meta, Tensor(a!)[] params, Tensor(b!)[] true_param, Tensor update,
         Tensor? attention_update, Tensor scale, Tensor[] log_lr_mean, *, Tensor lr,

@@ -14,10 +14,12 @@ Checked by tests/backends/test_reference.py against recordings of the original c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ from lopt.config import (
     HRNNConfig,
 )
 from lopt.metaparams import MetaParams
-from lopt.state import FACTOR, UNDAMPED
+from lopt.state import FACTOR, SAMPLES, UNDAMPED, sampled, strides
 
 STATE_FORMATS = ("float32", "compact")
 
@@ -69,6 +71,15 @@ class Segments:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each tensor: [..., n] -> [..., T]."""
         return self.sum(values) / self.lengths
+
+    def sample(self, values: Tensor) -> Tensor:
+        """Those of `lopt.state.sampled` parameters: [..., n] -> [..., T, SAMPLES]; no gradient."""
+        return values.detach()[..., self._sampled]
+
+    @functools.cached_property
+    def _sampled(self) -> Tensor:
+        places = [begin + sampled((size,))[:, 0] for size, (begin, _) in zip(self.sizes, self.bounds, strict=True)]
+        return torch.from_numpy(np.stack(places)).to(self.lengths.device)
 
     def any_nonzero(self, values: Tensor) -> Tensor:
         """Whether a tensor has a non-zero value: [..., n] -> [..., T], bool; no gradient."""
@@ -116,6 +127,8 @@ class FlatState(NamedTuple):
     global_hidden: Tensor | None  # [*B, H2]
     damping: Tensor | None = None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
     step: Tensor | None = None  # [*B, T] steps taken; where the lower bound of the log lr falls with them
+    # [*B, T, 1 + SAMPLES] the largest distance from the start; how far some parameters are; where the bound follows it
+    distance: Tensor | None = None
 
     def detach(self) -> FlatState:
         """The same numbers, cut from the graph: what truncation between unrolls does."""
@@ -167,6 +180,7 @@ def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: 
         global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
         damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, -1) if config.damping else None,
         step=log_lr.new_zeros(*batch, tensors) if config.log_lr_min_steps else None,
+        distance=log_lr.new_zeros(*batch, tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
 
@@ -252,11 +266,22 @@ def mean_log_lr(config: HRNNConfig, log_lr_mean: Tensor, numel: Tensor) -> Tenso
     return log_lr_mean
 
 
-def lowest_log_lr(config: HRNNConfig, step: Tensor) -> Tensor:
-    """Lower bound of the log lr of tensors that have taken so many steps: [*B, T] -> [*B, T]."""
-    if not config.log_lr_min_steps:
-        return torch.full_like(step, config.log_lr_min)
-    return config.log_lr_min - torch.log1p(step / config.log_lr_min_steps) / 2
+def lowest_log_lr(config: HRNNConfig, step: Tensor | None, distance: Tensor | None) -> Tensor | None:
+    """Lower bound of the log lr of each tensor, [*B, T]; None where it is `log_lr_min` throughout.
+
+    Args:
+        step: [*B, T] steps taken; None will do unless the bound falls with them.
+        distance: [*B, T, 1 + SAMPLES]; None will do unless the bound follows it.
+    """
+    lowest = None
+    if config.log_lr_min_distance:
+        assert distance is not None
+        lowest = torch.log(config.log_lr_min_distance * distance[..., 0]).clamp(min=config.log_lr_min)
+    if config.log_lr_min_steps:
+        assert step is not None
+        fallen = torch.log1p(step / config.log_lr_min_steps) / 2
+        lowest = (config.log_lr_min if lowest is None else lowest) - fallen
+    return lowest
 
 
 def scaled_gradients(
@@ -368,8 +393,9 @@ def advance_flat(
     if log_lr is not None:
         log_step = log_lr + _dot(meta["log_lr.weight"], hidden) + meta["log_lr.bias"][..., None]
         # The value is clipped, the gradient passes as if it were not.
-        lowest = segments.expand(lowest_log_lr(config, state.step)) if state.step is not None else config.log_lr_min
-        log_step = log_step + (log_step.clamp(lowest).clamp(max=config.log_lr_max) - log_step).detach()
+        lowest = lowest_log_lr(config, state.step, state.distance)
+        bound = config.log_lr_min if lowest is None else segments.expand(lowest)
+        log_step = log_step + (log_step.clamp(bound).clamp(max=config.log_lr_max) - log_step).detach()
         momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
         if state.damping is not None:
             rising = momentum + (1 - segments.expand(state.damping[..., FACTOR])) * (1 - momentum)
@@ -392,7 +418,24 @@ class Summary(NamedTuple):
     global_hidden: Tensor | None  # [*B, H2]
     log_lr_mean: Tensor | None  # [*B, T]
     damping: Tensor | None  # [*B, T, 3]
+    distance: Tensor | None  # [*B, T, 1 + SAMPLES]
     scale: Tensor  # [*B, T, 1], with attention [*B, T, 2]: 1 / root mean square of the direction, damped
+
+
+def travel(distance: Tensor, moves: Tensor) -> Tensor:
+    """How far tensors have come after one more step.
+
+    Args:
+        distance: [*B, T, 1 + SAMPLES] the largest distance so far, root mean square; how far each sampled parameter is.
+            Steps are counted as if every lr were 1 and no weight decayed.
+        moves: [*B, T, SAMPLES] of the sampled parameters in this step.
+
+    Returns:
+        The same after it. No gradient flows through it: a bound is none that a step length is tuned by.
+    """
+    away = (distance[..., 1:] + moves).detach()
+    largest = torch.maximum(distance[..., 0], away.square().mean(-1).sqrt())
+    return torch.cat([largest[..., None], away], -1)
 
 
 def damp(config: HRNNConfig, damping: Tensor, square: Tensor) -> Tensor:
@@ -421,13 +464,17 @@ def summarise_flat(
     tensor_hidden: Tensor | None,
     global_hidden: Tensor | None,
     damping: Tensor | None = None,
+    distance: Tensor | None = None,
+    sample: Tensor | None = None,
 ) -> Summary:
     """Per tensor: GRU over the means of hidden state and features; once: the global GRU over the tensors' new states.
 
     Args:
         meta: meta-parameters. config: their architecture.
         sums: [*B, T, K] of `advance_flat`. numel: [T] parameters of each tensor.
-        tensor_hidden: [*B, T, H1], global_hidden: [*B, H2], damping: [*B, T, 3]; all before the step.
+        tensor_hidden: [*B, T, H1], global_hidden: [*B, H2], damping: [*B, T, 3], distance: [*B, T, 1 + SAMPLES]; all
+            before the step.
+        sample: [*B, T, SAMPLES] updates of sampled parameters, where there is a distance.
     """
     columns = sums_columns(config)
     means = sums / numel[:, None]
@@ -451,7 +498,11 @@ def summarise_flat(
         assert columns.grad is not None
         damping = damp(config, damping, means[..., columns.grad])
         scale = scale * damping[..., FACTOR, None]
-    return Summary(tensor_hidden, global_hidden, means[..., columns.log_lr] if dynamic else None, damping, scale)
+    if distance is not None:
+        assert sample is not None
+        distance = travel(distance, scale[..., :1] * sample)
+    log_lr_mean = means[..., columns.log_lr] if dynamic else None
+    return Summary(tensor_hidden, global_hidden, log_lr_mean, damping, distance, scale)
 
 
 def step(
@@ -470,7 +521,15 @@ def step(
     """
     new = advance_flat(meta, config, segments, grad, state)
     summary = summarise_flat(
-        meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden, state.damping
+        meta,
+        config,
+        new.sums,
+        segments.lengths,
+        state.tensor_hidden,
+        state.global_hidden,
+        state.damping,
+        state.distance,
+        None if state.distance is None else segments.sample(new.update),
     )
     factor = segments.expand(summary.scale.mT)
     moved = param - factor[..., 0, :] * new.update
@@ -491,6 +550,7 @@ def step(
             summary.global_hidden,
             summary.damping,
             None if state.step is None else state.step + 1,
+            summary.distance,
         ),
     )
 
@@ -522,6 +582,16 @@ def _commit(targets: Sequence[Tensor], flat: Tensor, keep: Tensor) -> None:
         begin += count
 
 
+def _views(buffer: Tensor, tensors: Sequence[Tensor], state: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The parts of [n] as tensors of some shapes, each in the memory order of its state."""
+    views, begin = [], 0
+    for index, tensor in enumerate(tensors):
+        order = strides(tensor, None) if state is None else state[index].stride()[1:]
+        views.append(buffer.as_strided(tensor.shape, order, buffer.storage_offset() + begin))
+        begin += tensor.numel()
+    return views
+
+
 @torch.no_grad()
 def advance(
     meta: MetaParams,
@@ -535,6 +605,7 @@ def advance(
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
     damping: Sequence[Tensor],
+    distance: Sequence[Tensor],
     *,
     numel: Sequence[int],
     maximize: Sequence[bool],
@@ -551,13 +622,14 @@ def advance(
         grads: T gradients, any floating dtype and strides; they are not written.
         hidden, accum, ms, log_lr: per-parameter state, updated in place, in either format of lopt/state.py; `log_lr` is
             empty without a learned log lr.
-        step, tensor_hidden, global_hidden, log_lr_mean, damping: the other state, before the step; the last is empty
-            without damping.
+        step, tensor_hidden, global_hidden, log_lr_mean, damping, distance: the other state, before the step; what a
+            configuration does not have is empty.
         numel: parameters of each whole tensor.
         maximize: per tensor, whether to climb.
         grad_scale: [] what the gradients were multiplied with, or None.
         skip: [] other than 0: nothing is changed by any stage. A gradient beyond GRADIENT_LIMIT, inf or NaN, adds 1.
-        update, attention_update: [n], written: exp(log step) * direction; attention_update is None without attention.
+        update, attention_update: [n], written, each tensor in the memory order of its state: exp(log step) * direction;
+            attention_update is None without attention.
         sums: [T, K], written: sums over each tensor.
     """
     config, dtype = meta.config, step[0].dtype
@@ -590,6 +662,7 @@ def advance(
         global_hidden=global_hidden if config.levels >= 3 else None,
         damping=torch.stack(list(damping)) if damping else None,
         step=torch.stack(list(step)) if config.log_lr_min_steps else None,
+        distance=torch.stack(list(distance)) if distance else None,
     )
     new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0
@@ -601,9 +674,10 @@ def advance(
     _commit(ms, kept["ms"], keep)
     if new.log_lr is not None:
         _commit(log_lr, new.log_lr, keep)
-    update.copy_(new.update)
-    if attention_update is not None and new.attention_update is not None:
-        attention_update.copy_(new.attention_update)
+    for buffer, values in ((update, new.update), (attention_update, new.attention_update)):
+        if buffer is not None and values is not None:
+            for own, part in zip(_views(buffer, grads, hidden), values.split(segments.sizes), strict=True):
+                own.copy_(part.view(own.shape))
     sums.copy_(new.sums)
 
 
@@ -615,19 +689,22 @@ def summarise(
     global_hidden: Tensor,
     log_lr_mean: Sequence[Tensor],
     damping: Sequence[Tensor],
+    distance: Sequence[Tensor],
     step: Sequence[Tensor],
     *,
     numel: Sequence[int],
+    sample: Tensor | None,
     skip: Tensor,
     scale: Tensor,
 ) -> None:
-    """Stage 2, per tensor and once: tensor GRUs, global GRU, normalisation of the directions.
+    """Stage 2, per tensor and once: tensor GRUs, global GRU, normalisation of the directions, distances.
 
     Args:
         meta: meta-parameters.
         sums: [T, K] of `advance`.
-        tensor_hidden, global_hidden, log_lr_mean, damping, step: updated in place.
+        tensor_hidden, global_hidden, log_lr_mean, damping, distance, step: updated in place.
         numel: parameters of each whole tensor.
+        sample: [T, SAMPLES] updates of `lopt.state.sampled` parameters; None without distances.
         skip: [] other than 0: nothing is changed.
         scale: [T, 1 or 2], written: 1 / root mean square of the (attention) direction, damped.
     """
@@ -641,6 +718,8 @@ def summarise(
         torch.stack(list(tensor_hidden)) if tensor_hidden else None,
         global_hidden if config.levels >= 3 else None,
         torch.stack(list(damping)) if damping else None,
+        torch.stack(list(distance)) if distance else None,
+        sample,
     )
     keep = skip != 0
     for index, count in enumerate(step):
@@ -650,6 +729,8 @@ def summarise(
             _commit([log_lr_mean[index]], summary.log_lr_mean[index, None], keep)
         if summary.damping is not None:
             _commit([damping[index]], summary.damping[index], keep)
+        if summary.distance is not None:
+            _commit([distance[index]], summary.distance[index], keep)
         count += (~keep).to(count.dtype)
     if summary.global_hidden is not None:
         _commit([global_hidden], summary.global_hidden, keep)
@@ -683,9 +764,9 @@ def apply(
         skip: [] other than 0: nothing is changed.
     """
     keep = skip != 0
-    begin = 0
+    updates = _views(update, params)
+    attention_updates = [] if attention_update is None else _views(attention_update, params)
     for index, param in enumerate(params):
-        end = begin + param.numel()
         base = true_param[index] if true_param else param
         old, rate = base.to(torch.promote_types(base.dtype, update.dtype)), lr[index]
         if isinstance(rate, Tensor):
@@ -694,9 +775,8 @@ def apply(
         if weight_decay[index]:
             learned = torch.exp(log_lr_mean[index]) if log_lr_mean else torch.ones_like(skip)
             decayed = old - old * torch.clamp(rate * weight_decay[index] * learned, max=1.0)
-        moved = decayed - rate * scale[index, 0] * update[begin:end].reshape(param.shape)
-        if attention_update is not None:
-            attended = decayed - rate * scale[index, 1] * attention_update[begin:end].reshape(param.shape)
+        moved = decayed - rate * scale[index, 0] * updates[index]
+        if attention_updates:
+            attended = decayed - rate * scale[index, 1] * attention_updates[index]
             param.copy_(torch.where(keep, param, attended.to(param.dtype)))
         base.copy_(torch.where(keep, base, moved.to(base.dtype)))
-        begin = end

@@ -170,6 +170,7 @@ class Stages(gpu.Stages):
             PROBLEM=config.relative_log_lr == "problem",
             DAMPED=config.damping > 0,
             LOG_LR_MIN_STEPS=config.log_lr_min_steps,
+            LOG_LR_MIN_DISTANCE=config.log_lr_min_distance,
             COMPACT=kept.compact,
             KIND=kind,
             BLOCK=STREAM.block,
@@ -204,7 +205,14 @@ class Stages(gpu.Stages):
         )
 
     def launch_summarise(
-        self, kept: gpu.Summarise, table: Tensor, sums: Tensor, global_hidden: Tensor, skip: Tensor, scale: Tensor
+        self,
+        kept: gpu.Summarise,
+        table: Tensor,
+        sums: Tensor,
+        global_hidden: Tensor,
+        sample: Tensor | None,
+        skip: Tensor,
+        scale: Tensor,
     ) -> None:
         config = kept.meta.config
         _kernels().summarise[(kept.tensors,)](
@@ -213,6 +221,7 @@ class Stages(gpu.Stages):
             sums,
             kept.packed.levels,
             global_hidden,
+            scale if sample is None else sample,
             skip,
             scale,
             kept.scratch,
@@ -220,6 +229,7 @@ class Stages(gpu.Stages):
             EPS=DIRECTION_EPS,
             DAMPING=config.damping,
             DAMPING_DECAY=config.damping_decay,
+            DISTANCE=config.log_lr_min_distance > 0,
             LIMIT=GRADIENT_LIMIT,
             INPUTS=config.tensor_input_size,
             COLUMNS=kept.columns.count,

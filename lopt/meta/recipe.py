@@ -228,9 +228,9 @@ def noisy_mixes() -> list[list[Task]]:
 
 
 def hard_mixes() -> list[list[Task]]:
-    """The noisy ones and three of what is hard to train: deep narrow networks, recurrences with and without gates, few
-    samples, normalisation, more data than parameters."""
-    relu, tanh = torch.relu, torch.tanh
+    """The noisy ones and four of what is hard to train: deep narrow networks, recurrences with and without gates, few
+    samples, normalisation, more data than parameters, many inputs."""
+    relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
     return [
         *noisy_mixes(),
         [
@@ -255,6 +255,14 @@ def hard_mixes() -> list[list[Task]]:
             nets.Autoencoder((12, 4, 12), relu, features=20, samples=256),
             nets.MLP((20, 12), relu, features=20, outputs=8, samples=384, batch=24),
             nets.MLP((10,) * 3, relu, nets.batch_norm, residual=True, features=10, outputs=6, batch=16),
+        ],
+        [
+            nets.Linear(56, 8, samples=512),
+            nets.MLP((20,), relu, features=48, outputs=6, samples=256, noise=0.2),
+            nets.MLP((16,) + (10,) * 4, relu, features=48, outputs=5, samples=384, batch=24),
+            nets.Autoencoder((16, 6, 16), tanh, features=48, samples=384),
+            nets.MLP((24, 20), gelu, features=28, outputs=2, regression=True, samples=256, batch=24, noise=0.1),
+            nets.Conv((8, 8), norm=False, outputs=6, samples=128, batch=12),
         ],
     ]
 
@@ -307,9 +315,9 @@ def paper_mixes() -> list[list[Task]]:
 # Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
 BASE_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
 
-# Damping, and a floor of 3e-3 / sqrt(1 + step / 1000).
+# Damping, and a floor of a tenth of the distance from the start / sqrt(1 + step).
 SHIPPED_CONFIG = dataclasses.replace(
-    BASE_CONFIG, log_lr_min=math.log(3e-3), log_lr_min_steps=1000.0, damping=0.5, damping_decay=0.95
+    BASE_CONFIG, log_lr_min_steps=1.0, log_lr_min_distance=0.1, damping=0.5, damping_decay=0.95
 )
 
 DEFAULT = Recipe(

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
-from lopt.backends.reference import Advanced, FlatState, Segments, affine, damp, gru, sums_columns
+from lopt.backends.reference import Advanced, FlatState, Segments, affine, damp, gru, sums_columns, travel
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.hrnn import BASE_FAN_IN
 from lopt.meta.tasks.base import Data, Random, Task
-from lopt.state import FACTOR, UNDAMPED
+from lopt.state import FACTOR, SAMPLES, UNDAMPED
 from lopt.train.group import ALONE, Group
 
 Meta = Mapping[str, Tensor]
@@ -220,11 +220,16 @@ class Mix:
         if damping is not None:
             assert columns.grad is not None
             damping = damp(config, damping, means[..., columns.grad])
-        moved = theta - self._factor(means[..., columns.direction], damping) * new.update
+        scale = self._scale(means[..., columns.direction], damping)
+        moved = theta - self.segments.expand(scale) * new.update
         attended = moved
         if new.attention_update is not None:
             assert columns.attention is not None
-            attended = theta - self._factor(means[..., columns.attention], damping) * new.attention_update
+            attention_scale = self._scale(means[..., columns.attention], damping)
+            attended = theta - self.segments.expand(attention_scale) * new.attention_update
+        distance = state.distance
+        if distance is not None:
+            distance = travel(distance, scale[..., None] * self.segments.sample(new.update))
         grad_decay, scale_decay = read_decays(meta, config, new.hidden)
         log_lr_mean = means[..., columns.log_lr] if config.dynamic_output_scale else None
         return (
@@ -242,15 +247,16 @@ class Mix:
                 global_hidden,
                 damping,
                 None if state.step is None else state.step + 1,
+                distance,
             ),
         )
 
-    def _factor(self, square: Tensor, damping: Tensor | None) -> Tensor | float:
-        """[R, T] mean square of the direction, [R, T, 3] -> [R, n]."""
+    def _scale(self, square: Tensor, damping: Tensor | None) -> Tensor:
+        """[R, T] mean square of the direction, [R, T, 3] -> [R, T], what an update is multiplied with."""
         if not self.config.dynamic_output_scale:
-            return 1.0
-        factor = 1 / torch.sqrt(square + DIRECTION_EPS)
-        return self.segments.expand(factor if damping is None else factor * damping[..., FACTOR])
+            return torch.ones_like(square)
+        scale = 1 / torch.sqrt(square + DIRECTION_EPS)
+        return scale if damping is None else scale * damping[..., FACTOR]
 
     def _relative_to(self, log_lr_mean: Tensor | None) -> Tensor | None:
         """[R, T] -> [R, T], what each tensor's log lr is measured from."""
@@ -488,6 +494,7 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
         zeros(len(mix), config.global_size) if config.levels >= 3 else None,
         zeros(tensors, len(UNDAMPED)) if config.damping else None,
         zeros(tensors) if config.log_lr_min_steps else None,
+        zeros(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
 
@@ -526,4 +533,5 @@ def restart_state(
         if state.damping is None
         else torch.where(of_tensor[:, None], state.damping.new_tensor(UNDAMPED), state.damping),
         step=None if state.step is None else torch.where(of_tensor, 0.0, state.step),
+        distance=None if state.distance is None else torch.where(of_tensor[:, None], 0.0, state.distance),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends, native
 from lopt.backends import cpu, ops, reference
-from lopt.state import init_global, init_state
+from lopt.state import SAMPLES, init_global, init_state
 
 pytestmark = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unusable()))
 
@@ -19,6 +19,10 @@ CONFIGS = {
     "attention": HRNNConfig(attention=True),
     "attention_bare": HRNNConfig(attention=True, gradient_shortcut=False, gradient_products=False, damping=0.5),
     "damped": HRNNConfig(damping=0.9, damping_decay=0.8, log_lr_min=-7.0, log_lr_min_steps=2.0),
+    "everything": HRNNConfig(
+        attention=True, damping=0.7, log_lr_min=-9.0, log_lr_min_steps=2.0, log_lr_min_distance=0.2
+    ),
+    "distance_alone": HRNNConfig(level_sizes=(10,), log_lr_min=-9.0, log_lr_min_distance=0.2),
     "no_products": HRNNConfig(gradient_products=False),
     "no_shortcut": HRNNConfig(gradient_shortcut=False, relative_log_lr="tensor"),
     "wide": HRNNConfig(level_sizes=(10, 33, 7)),
@@ -69,12 +73,14 @@ class Run:
         self.backend.advance(
             self.meta, grads, self.rows("hidden"), self.rows("accum"), self.rows("ms"), self.rows("log_lr"),
             self.rows("step"), self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
-            self.rows("damping"),
+            self.rows("damping"), self.rows("distance"),
             maximize=[False] * len(grads), grad_scale=None, update=self.updates[0], attention_update=attention,
             sums=self.sums, **common)  # fmt: skip
+        sample = reference.Segments(numel).sample(self.updates[0]) if self.rows("distance") else None
         self.backend.summarise(
             self.meta, self.sums, self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
-            self.rows("damping"), self.rows("step"), scale=self.scale, **common)  # fmt: skip
+            self.rows("damping"), self.rows("distance"), self.rows("step"), sample=sample, scale=self.scale,
+            **common)  # fmt: skip
         self.backend.apply(
             self.meta, self.params, self.rows("true_param"), self.updates[0], attention, self.scale,
             self.rows("log_lr_mean"), lr=options.get("lr", [1.0] * len(grads)),
@@ -186,15 +192,15 @@ def test_an_architecture_without_a_kernel_is_refused_by_name_and_falls_back_unas
 
 
 def test_operators_pass_opcheck():
-    run = Run(cpu, make_meta(CONFIGS["attention_bare"]), [5, 17])
+    run = Run(cpu, make_meta(CONFIGS["everything"]), [5, 17])
     config, flat, skip = run.meta.config.to_json(), run.meta.flat(), torch.zeros(())
     backend = "cpu"
     names = ("hidden", "accum", "ms", "log_lr", "step", "tensor_hidden")
     grads, rows = (
         [torch.randn(5), torch.randn(17)],
-        {name: run.rows(name) for name in (*names, "log_lr_mean", "damping")},
+        {name: run.rows(name) for name in (*names, "log_lr_mean", "damping", "distance")},
     )
-    above = run.global_hidden, rows["log_lr_mean"], rows["damping"]
+    above = run.global_hidden, rows["log_lr_mean"], rows["damping"], rows["distance"]
     advance = (backend, config, flat, grads, *(rows[name] for name in names), *above)
     options = {"numel": [5, 17], "maximize": [False, True], "grad_scale": None, "skip": skip}
     buffers = {"update": run.updates[0].clone(), "attention_update": run.updates[1].clone(), "sums": run.sums}
@@ -203,7 +209,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(
         torch.ops.lopt.hrnn_summarise.default,
         (*summarise, rows["step"]),
-        {"numel": [5, 17], "skip": skip, "scale": run.scale},
+        {"numel": [5, 17], "sample": torch.ones(2, SAMPLES), "skip": skip, "scale": run.scale},
     )
     apply = (backend, config, flat, run.params, run.rows("true_param"), buffers["update"], buffers["attention_update"])
     torch.library.opcheck(

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from lopt import HRNNConfig, MetaParams
 from lopt.backends import reference
 from lopt.backends.reference import FlatState, Segments
-from lopt.state import init_global, init_state
+from lopt.state import SAMPLES, init_global, init_state, sampled
 
 CONFIGS = {
     "paper": HRNNConfig(level_sizes=(3, 4, 2), timescales=3),
@@ -24,6 +25,7 @@ CONFIGS = {
         damping_decay=0.5,
         log_lr_min_steps=2.0,
     ),
+    "far": HRNNConfig(level_sizes=(2, 3, 2), attention=True, log_lr_min_distance=0.2),
     "everything_fed": HRNNConfig(
         level_sizes=(2, 3),
         timescales=2,
@@ -67,6 +69,7 @@ def random_state(meta: MetaParams, batch: tuple[int, ...], generator: torch.Gene
         global_hidden=2 * rand(config.global_size) - 1 if config.levels >= 3 else None,
         damping=rand(tensors, 3) if config.damping else None,
         step=(9 * rand(tensors)).round() if config.log_lr_min_steps else None,
+        distance=rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
 
@@ -80,7 +83,8 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# A distance is taken as a constant.
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if not config.log_lr_min_distance])
 def test_derivatives_by_metaparams_gradient_and_state_pass_gradcheck(name, generator):
     config = CONFIGS[name]
     meta = MetaParams.init(config, seed=1, dtype=torch.float64)
@@ -129,6 +133,31 @@ def test_log_lr_is_clipped_and_its_gradient_passes_the_clip(generator):
     torch.testing.assert_close(new.log_lr, momentum * log_lr + (1 - momentum) * -8.0)
     (passed,) = torch.autograd.grad(new.log_lr.sum(), log_lr, retain_graph=True)
     torch.testing.assert_close(passed, torch.ones_like(passed))
+
+
+def test_the_lower_bound_of_the_log_lr_follows_the_largest_distance_from_the_start():
+    config = HRNNConfig(level_sizes=(3, 4, 2), log_lr_min=-3.0, log_lr_min_steps=4.0, log_lr_min_distance=0.5)
+    meta = MetaParams.init(config, dtype=torch.float64)
+    shape = (2, 3, 50)  # 300 parameters, of which the samples are every 9.4th
+    n, places = math.prod(shape), [index * 300 // SAMPLES for index in range(SAMPLES)]
+    np.testing.assert_array_equal(np.ravel_multi_index(tuple(sampled(shape).T), shape), places)
+    segments = Segments([n])
+    state = reference.init_flat_state(meta, config, segments, torch.full((n,), -1.0, dtype=torch.float64))
+    assert reference.lowest_log_lr(config, state.step, state.distance).item() == -3.0
+    start = param = torch.zeros(n, dtype=torch.float64)
+    grad, largest = torch.linspace(-2, 3, n, dtype=torch.float64), 0.0
+    for step in range(30):
+        param, _, state = reference.step(meta, config, segments, param, grad if step < 4 else -grad, state)
+        away = (param - start)[places].square().mean().sqrt().item()
+        largest = max(largest, away)
+        assert state.distance[0, 0].item() == pytest.approx(largest)
+        expected = max(-3.0, math.log(0.5 * largest)) - math.log1p((step + 1) / 4) / 2
+        assert reference.lowest_log_lr(config, state.step, state.distance).item() == pytest.approx(expected)
+    assert away < largest and math.log(0.5 * largest) > -3.0
+    state = state._replace(log_lr=torch.full((n,), -20.0, dtype=torch.float64))  # below the bound
+    new = reference.advance_flat(meta, config, segments, grad, state)
+    momentum = torch.sigmoid(meta["log_lr.momentum"])
+    torch.testing.assert_close(new.log_lr, (momentum * -20.0 + (1 - momentum) * expected).expand(n))
 
 
 def test_the_lower_bound_of_the_log_lr_falls_with_the_root_of_the_steps(generator):
@@ -203,6 +232,7 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
             global_hidden,
             rows("log_lr_mean"),
             rows("damping"),
+            rows("distance"),
             numel=SIZES,
             maximize=[False] * 3,
             grad_scale=None,
@@ -218,8 +248,10 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
             global_hidden,
             rows("log_lr_mean"),
             rows("damping"),
+            rows("distance"),
             rows("step"),
             numel=SIZES,
+            sample=segments.sample(update) if rows("distance") else None,
             skip=skip,
             scale=scale,
         )

@@ -37,6 +37,8 @@ CONFIGS = {
     "attention_last": HRNNConfig(attention=True, zero_init_lr_weights=False, global_input="last", damping=0.5),
     "bare": HRNNConfig(level_sizes=(10, 7), gradient_products=False, gradient_shortcut=False, relative_log_lr="tensor"),
     "damped": HRNNConfig(level_sizes=(10, 7), damping=0.9, damping_decay=0.8, log_lr_min=-6.0, log_lr_min_steps=2.0),
+    "distance": HRNNConfig(attention=True, log_lr_min=-6.0, log_lr_min_steps=2.0, log_lr_min_distance=0.1),
+    "distance_alone": HRNNConfig(level_sizes=(10,), log_lr_min=-6.0, log_lr_min_distance=0.1),
     "one_level": HRNNConfig(level_sizes=(10,), learnable_decay=False),
     "wide": HRNNConfig(level_sizes=(10, 33, 70), learnable_grad_decay=False),
 }
@@ -129,6 +131,7 @@ class Stages:
             "tensor_hidden": (-1, 1),
             "log_lr_mean": (-7, -6),
             "damping": (0.1, 0.9),
+            "distance": (0, 0.3),
             "step": (1, 9),
         }
         for state in self.states[:-1]:
@@ -150,6 +153,7 @@ class Stages:
             self.global_hidden,
             self.rows("log_lr_mean"),
             self.rows("damping"),
+            self.rows("distance"),
             numel=self.numel,
             maximize=[False] * len(grads),
             grad_scale=None,
@@ -165,8 +169,10 @@ class Stages:
             self.global_hidden,
             self.rows("log_lr_mean"),
             self.rows("damping"),
+            self.rows("distance"),
             self.rows("step"),
             numel=self.numel,
+            sample=reference.Segments(self.numel).sample(self.update) if self.rows("distance") else None,
             skip=self.skip,
             scale=self.scale,
         )

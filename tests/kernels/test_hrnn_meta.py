@@ -18,6 +18,7 @@ from lopt.backends import cpu, cpu_flat, flat, reference, triton, triton_flat
 from lopt.backends.reference import FlatState, Segments
 from lopt.meta.tasks import Random, networks, paper
 from lopt.meta.unroll import Augment, Draw, Mix, Objective, World, choose_advance
+from lopt.state import SAMPLES
 
 INTERPRETED = triton.interpreted()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -61,6 +62,7 @@ CONFIGS = {
     "attention_without_shortcut": HRNNConfig(level_sizes=(10, 6), attention=True, gradient_shortcut=False),
     "damped": HRNNConfig(level_sizes=(10, 6), zero_init_lr_weights=False, damping=0.8, damping_decay=0.5),
     "falling_bound": HRNNConfig(zero_init_lr_weights=False, log_lr_min=-5.2, log_lr_min_steps=3.0),
+    "bound_by_distance": HRNNConfig(zero_init_lr_weights=False, log_lr_min=-5.2, log_lr_min_distance=0.1),
     "fixed_decays": HRNNConfig(level_sizes=(10, 6), learnable_decay=False, learnable_grad_decay=False),
 }
 SIZES = {"tiny": [3, 1, 2], "mixed": [3, 50, 1, 7, 90], "one": [40], "large": [3000, 7, 5000, 1, 129, 9000]}
@@ -110,14 +112,15 @@ def make_state(
         rand(tensors, 3) if config.damping else None,
     )
     step = (9 * rand(tensors)).round().to(device, dtype) if config.log_lr_min_steps else None
+    distance = 0.2 * rand(tensors, 1 + SAMPLES).to(device, dtype) if config.log_lr_min_distance else None
     return (rand(n) - 0.5).to(device, dtype), FlatState(
-        *(None if value is None else value.to(device, dtype).requires_grad_() for value in state), step
+        *(None if value is None else value.to(device, dtype).requires_grad_() for value in state), step, distance
     )
 
 
 def leaves(meta: dict[str, Tensor], state: FlatState) -> dict[str, Tensor]:
     own = zip(FlatState._fields, state, strict=True)
-    return meta | {name: value for name, value in own if value is not None and name != "step"}
+    return meta | {name: value for name, value in own if value is not None and name not in ("step", "distance")}
 
 
 def derivatives(advance, meta, config, segments, grad, state) -> dict[str, Tensor]:
@@ -201,9 +204,9 @@ def unroll(
         noise = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(device, dtype)
         grad = theta.detach() + 0.1 * noise
         new = advance(meta, config, segments, grad, state)
-        summary = reference.summarise_flat(
-            meta, config, new.sums, segments.lengths, state.tensor_hidden, state.global_hidden, state.damping
-        )
+        higher = state.tensor_hidden, state.global_hidden, state.damping, state.distance
+        sample = segments.sample(new.update)
+        summary = reference.summarise_flat(meta, config, new.sums, segments.lengths, *higher, sample)
         theta = theta - segments.expand(summary.scale[..., 0]) * new.update
         loss = loss + theta.square().mean()
         decays = flat.read_decays(meta, config, new.hidden)
@@ -217,6 +220,8 @@ def unroll(
             summary.tensor_hidden,
             summary.global_hidden,
             summary.damping,
+            None if state.step is None else state.step + 1,
+            summary.distance,
         )
     by = meta | {"log_lr": log_lr}
     slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)

@@ -17,6 +17,7 @@ from lopt.interop.tf1_names import config_of
 from lopt.meta.estimators import TruncatedBPTT
 from lopt.meta.tasks import Data, Params, Random, Task, networks, paper
 from lopt.meta.unroll import Augment, Draw, Mix, Objective, PaperObjective, World
+from lopt.state import SAMPLES
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 CONFIGS = {
@@ -24,6 +25,7 @@ CONFIGS = {
     "last_tensor": HRNNConfig(level_sizes=(4, 5, 6), global_input="last", relative_log_lr="tensor", timescales=2),
     "attention": HRNNConfig(level_sizes=(3, 4, 2), attention=True, zero_init_lr_weights=False),
     "two_levels": HRNNConfig(level_sizes=(4, 5), damping=0.8, log_lr_min=-6.5, log_lr_min_steps=2.0),
+    "far": HRNNConfig(level_sizes=(4, 5), damping=0.8, log_lr_min_steps=2.0, log_lr_min_distance=0.01),
     "one_level": HRNNConfig(level_sizes=(4,), dynamic_output_scale=False, relative_log_lr=None),
 }
 
@@ -58,6 +60,7 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
         2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None,
         rand(tensors, 3) if config.damping else None,
         (9 * rand(tensors)).round() if config.log_lr_min_steps else None,
+        rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
     theta, grad = rand(n), rand(n) - 0.5
     moved, attended, new = mix.step(meta, mix.advance_meta(meta), theta, grad, state)
@@ -66,7 +69,8 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
         params = slice(*mix.problems.bounds[p])
         own = slice(first_tensor, first_tensor + len(task.shapes))
         first_tensor = own.stop
-        cut = {"tensor_hidden": own, "log_lr_mean": own, "damping": own, "step": own, "global_hidden": p}
+        cut = {"tensor_hidden": own, "log_lr_mean": own, "damping": own, "step": own}
+        cut |= {"distance": own, "global_hidden": p}
 
         def part(values: FlatState, params: slice = params, cut: dict = cut) -> FlatState:
             return FlatState(
