@@ -31,14 +31,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends
-from lopt.state import rows
+from lopt.state import SAMPLES, rows
 
 # A checkpoint of one process is written and read without a process group, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 WORLD = 2
 TIMEOUT = 300  # seconds, of the whole program; a check that waits in vain ends after half of it
-PAPER = MetaParams.init(HRNNConfig(), seed=1)
+# A bound so high that it is what counts.
+META = MetaParams.init(HRNNConfig(damping=0.5, log_lr_min_steps=1.0, log_lr_min_distance=2.0), seed=1)
 ATTENTION = MetaParams.init(HRNNConfig(attention=True), seed=1)
 BACKENDS = [
     name
@@ -115,7 +116,7 @@ def give_gradients(params: list[Tensor], step: int, skip: tuple[int, ...] = ()) 
 
 def pair(backend: str | None = None, **options: Any) -> tuple[HRNN, HRNN]:
     """Optimizers of the same model, whole and sharded."""
-    options = {"meta": PAPER, "backend": backend, "weight_decay": 0.1} | options
+    options = {"meta": META, "backend": backend, "weight_decay": 0.1} | options
     model = build()
     return HRNN(model.parameters(), **options), HRNN(shard(build()).parameters(), **options)
 
@@ -160,7 +161,7 @@ def counted() -> Iterator[list[int]]:
 @on_two_processes
 def ddp_replicas_are_bitwise_equal_after_100_steps(folder: Path) -> None:
     model = nn.parallel.DistributedDataParallel(build())
-    optimizer = HRNN(model.parameters(), meta=PAPER)
+    optimizer = HRNN(model.parameters(), meta=META)
     for step in range(100):
         optimizer.zero_grad()
         loss_of(model, step, part=halves()).backward()
@@ -178,7 +179,7 @@ def ddp_replicas_are_bitwise_equal_after_100_steps(folder: Path) -> None:
 @on_two_processes
 def sharded_parameters_are_trained_as_whole_ones_are(folder: Path) -> None:
     for backend in BACKENDS:
-        for meta in (PAPER, ATTENTION):
+        for meta in (META, ATTENTION):
             one, two = pair(backend, meta=meta)
             for optimizer in (one, two):
                 train(optimizer, 8)
@@ -188,7 +189,7 @@ def sharded_parameters_are_trained_as_whole_ones_are(folder: Path) -> None:
 @on_two_processes
 def fully_sharded_training_equals_training_on_one_process(folder: Path) -> None:
     model, sharded = build(), shard(build())
-    one, two = HRNN(model.parameters(), meta=PAPER), HRNN(sharded.parameters(), meta=PAPER)
+    one, two = HRNN(model.parameters(), meta=META), HRNN(sharded.parameters(), meta=META)
     before = loss_of(model, 0).item()
     for step in range(10):
         for optimizer, network, part in ((one, model, slice(None)), (two, sharded, halves())):
@@ -224,7 +225,7 @@ def state_is_sharded_like_its_parameter(folder: Path) -> None:
 def a_step_communicates_twice_and_little(folder: Path) -> None:
     one, two = pair()
     promising = pair(capturable=True)[1]
-    columns = PAPER.config.hidden_size + PAPER.config.num_features + 2
+    columns = META.config.hidden_size + META.config.num_features + 3 + SAMPLES
     for optimizer, expected in (
         (one, []),
         (two, [4 * (1 + 6), 4 * 6 * columns]),
@@ -234,7 +235,7 @@ def a_step_communicates_twice_and_little(folder: Path) -> None:
         with counted() as sizes:
             optimizer.step()
         assert sizes == expected
-    assert columns == 24
+    assert 4 * columns == 228  # bytes per tensor
     assert_equal(content(two), content(promising))
 
 
@@ -250,7 +251,7 @@ def parameters_sharded_along_any_dimension_or_not_at_all_train_together(folder: 
         for value, layout in zip(values, layouts, strict=True)
     ]
     for backend in BACKENDS:
-        optimizers = [HRNN(params, meta=PAPER, backend=backend, base_fan_in=2) for params in (plain, mixed)]
+        optimizers = [HRNN(params, meta=META, backend=backend, base_fan_in=2) for params in (plain, mixed)]
         for optimizer in optimizers:
             train(optimizer, 4)
         assert_close(*map(content, optimizers))
@@ -313,7 +314,7 @@ def nonfinite_raise_raises_on_all_processes_and_names_the_tensor_where_it_is(fol
 @on_two_processes
 def gradscaler_skips_an_overflow_of_one_process_on_all(folder: Path) -> None:
     model = shard(build())
-    optimizer, scaler = HRNN(model.parameters(), meta=PAPER), torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer, scaler = HRNN(model.parameters(), meta=META), torch.amp.GradScaler("cpu", init_scale=64.0)
     for step in range(3):
         optimizer.zero_grad()
         scaler.scale(loss_of(model, step, part=halves())).backward()
@@ -377,7 +378,7 @@ def a_partial_gradient_is_summed_and_a_plain_one_refused(folder: Path) -> None:
     for param, placement in zip(params, (Partial(), Replicate()), strict=True):
         share = 1 / WORLD if placement.is_partial() else 1.0
         param.grad = DTensor.from_local(torch.full((4, 3), share), mesh, [placement], run_check=False)
-    optimizers = [HRNN([param], meta=PAPER) for param in params]
+    optimizers = [HRNN([param], meta=META) for param in params]
     for optimizer in optimizers:
         optimizer.step()
     assert_equal(*map(content, optimizers))
@@ -386,7 +387,7 @@ def a_partial_gradient_is_summed_and_a_plain_one_refused(folder: Path) -> None:
     summed = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False))
     summed.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False)
     with pytest.raises(ValueError, match="is a DTensor of partial sums"):
-        HRNN([summed], meta=PAPER).step()
+        HRNN([summed], meta=META).step()
 
 
 @on_two_processes
@@ -430,7 +431,7 @@ def a_checkpoint_of_one_process_is_resumed_on_two(folder: Path) -> None:
     expected = torch.load(folder / "one.pt", weights_only=True)
     for layout in ("nested", "flat"):
         model = shard(build(seed=9))
-        optimizer = HRNN(model.parameters(), meta=PAPER)
+        optimizer = HRNN(model.parameters(), meta=META)
         load_run(model, optimizer, folder / "one", layout)
         assert_equal(content(optimizer), expected)
         train(optimizer, range(3, 5))
@@ -440,12 +441,12 @@ def a_checkpoint_of_one_process_is_resumed_on_two(folder: Path) -> None:
 def a_checkpoint_of_two_processes_is_resumed_on_two(folder: Path) -> None:
     for layout in ("nested", "flat"):
         model = shard(build())
-        optimizer = HRNN(model.parameters(), meta=PAPER)
+        optimizer = HRNN(model.parameters(), meta=META)
         train(optimizer, 3)
         save_run(model, optimizer, folder / "two", layout)
         torch.save(content(optimizer), folder / f"two-{dist.get_rank()}.pt")
         other = shard(build(seed=9))
-        resumed = HRNN(other.parameters(), meta=PAPER)
+        resumed = HRNN(other.parameters(), meta=META)
         load_run(other, resumed, folder / "two", layout)
         for either in (optimizer, resumed):
             train(either, range(3, 6))
@@ -459,7 +460,7 @@ def a_checkpoint_of_two_processes_is_resumed_on_one_and_then_on_two(folder: Path
     dist.barrier()
     for layout in ("nested", "flat"):
         model = shard(build(seed=9))
-        optimizer = HRNN(model.parameters(), meta=PAPER)
+        optimizer = HRNN(model.parameters(), meta=META)
         load_run(model, optimizer, folder / "passed on", layout)
         assert_equal(content(optimizer), torch.load(folder / "two-0.pt", weights_only=True))
         train(optimizer, range(3, 5))
@@ -469,7 +470,7 @@ def pass_on(folder: Path) -> None:
     """Load on one process what two have saved, and save it again."""
     for layout in ("nested", "flat"):
         model = build(seed=9)
-        optimizer = HRNN(model.parameters(), meta=PAPER)
+        optimizer = HRNN(model.parameters(), meta=META)
         load_run(model, optimizer, folder / "two", layout)
         assert_equal(content(optimizer), torch.load(folder / "two-0.pt", weights_only=True))
         save_run(model, optimizer, folder / "passed on", layout)
@@ -503,7 +504,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[...
     """What the two processes leave, with a checkpoint of this one process for them to find."""
     folder = tmp_path_factory.mktemp("distributed")
     model = build()
-    optimizer = HRNN(model.parameters(), meta=PAPER)
+    optimizer = HRNN(model.parameters(), meta=META)
     train(optimizer, 3)
     for layout in ("nested", "flat"):
         save_run(model, optimizer, folder / "one", layout)
@@ -520,7 +521,7 @@ def test_on_two_processes(check: str, folder: Path, failures_of: Callable[[str, 
 
 def test_parameters_of_one_process_never_communicate() -> None:
     with counted() as sizes:
-        train(HRNN(build().parameters(), meta=PAPER), 2)
+        train(HRNN(build().parameters(), meta=META), 2)
     assert sizes == []
 
 

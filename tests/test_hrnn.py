@@ -1,6 +1,7 @@
 """lopt.HRNN as a torch.optim.Optimizer: what a PyTorch user may rely on, on every backend that runs here."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -16,8 +17,9 @@ from torch.optim import lr_scheduler
 from lopt import HRNN, HRNNConfig, MetaParams, backends
 from lopt.backends import reference
 from lopt.config import GRADIENT_LIMIT
+from lopt.distributed import real
 from lopt.hrnn import OPTIONS
-from lopt.state import rows
+from lopt.state import SAMPLES, rows, sampled
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -267,6 +269,47 @@ def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(plac
     assert lowest(tiny, 0) == pytest.approx(lowest(tiny, 1e9)) == math.log(1e-250)
     held = place.hrnn(params, meta=meta, init_lr=1e-5, min_lr=1e-4)
     assert lowest(held, 0) == lowest(held, 1e9) == math.log(1e-4)
+
+
+def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_order(place):
+    config = HRNNConfig(log_lr_min_steps=1.0, log_lr_min_distance=2.0)
+    orders = [(6, 2, 3, 5), (40, 3), (7,), (), (3, 4)]
+    params = place.params(*orders) + place.params((9, 2), dtype=torch.complex64)
+    params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    params[1].data = params[1].data.T.contiguous().T
+    starts = [real(param.detach()).clone() for param in params]
+    optimizer = place.hrnn(params, meta=MetaParams.init(config, seed=1), lr=0.5, base_fan_in=None, init_lr=0.01)
+    for step in range(6):
+        give_gradients(params, step)
+        params[4].grad = params[4].grad if step % 2 else None  # what takes part changes, and
+        if step == 3:  # memory order too
+            params[0].data, params[1].data = params[0].data.contiguous(), params[1].data.contiguous()
+            give_gradients(params, step)
+        optimizer.step()
+        for param, start in zip(params, starts, strict=True):
+            if param not in optimizer.state:
+                continue
+            largest, *away = optimizer.state[param]["distance"].cpu().unbind()
+            place_of = tuple(torch.from_numpy(sampled(start.shape)).T)
+            expected = ((start - real(param.detach())) / 0.5)[place_of].cpu()
+            # Roundings of parameters below 4, and of as many sums, at half the length.
+            atol = 2 * (step + 1) * 4 * 2**-23
+            torch.testing.assert_close(torch.stack(away), expected.expand(SAMPLES), rtol=1e-5, atol=atol)
+            assert largest >= expected.square().mean().sqrt() - atol
+    assert optimizer.state[params[0]]["log_lr"].min() > math.log(0.01)  # the bound is above where rates started
+
+
+def test_a_bound_by_distance_gives_way_to_min_lr_and_needs_none_for_a_small_init_lr(place):
+    meta = MetaParams.init(HRNNConfig(log_lr_min=math.log(1e-5), log_lr_min_steps=1.0, log_lr_min_distance=0.1))
+    params = place.params()
+    held = place.hrnn(params, meta=meta, min_lr=1e-4)
+    held.step()
+    assert held.config.log_lr_min_distance == held.config.log_lr_min_steps == 0
+    assert not any("distance" in state for state in held.state.values())
+    tiny = place.hrnn(params, meta=meta, init_lr=1e-7)
+    assert tiny.config == dataclasses.replace(meta.config, log_lr_min=math.log(1e-7))
+    with pytest.raises(ValueError, match="lacks distance.*min_lr"):
+        place.hrnn(params, meta=meta).load_state_dict(held.state_dict())
 
 
 def test_weight_decay_shrinks_by_lr_times_decay_times_the_learned_rate(place):
