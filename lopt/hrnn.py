@@ -116,8 +116,8 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
-        min_lr: no learned rate falls below it; None: below what the meta-parameters say, 3e-3 / sqrt(1 + step / 1000)
-            for the shipped ones, or below the smallest init_lr of a group where that is less.
+        min_lr: no learned rate falls below it; None: below what the meta-parameters say, for the shipped ones a tenth
+            of a tensor's largest distance from its start over sqrt(1 + step).
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.

@@ -365,7 +365,7 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-7`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-8`.
 REFINE = Recipe(
     config=SHIPPED_CONFIG,
     minutes=60,
@@ -389,7 +389,7 @@ REFINE = Recipe(
     ),
 )
 
-# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-7`. On the parameter level's 800
+# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-8`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=SHIPPED_CONFIG,
