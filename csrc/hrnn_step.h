@@ -93,8 +93,10 @@ LOPT_HD float rising_momentum(float momentum, float factor) { return momentum + 
 // Lower bound of the log lr of a tensor that has taken `step` steps. `distance` is not read unless the bound follows it.
 LOPT_HD float lowest_log_lr(const Weights<float>& w, float step, const float* distance) {
   float lowest = w.log_lr_min;
-  if (w.log_lr_min_distance > 0) lowest = fmaxf(lowest, logf(w.log_lr_min_distance * distance[kLargest]));
-  return w.log_lr_min_steps > 0 ? lowest - log1pf(step / w.log_lr_min_steps) / 2 : lowest;
+  if (w.log_lr_min_steps > 0) lowest -= log1pf(step / w.log_lr_min_steps) / 2;
+  if (w.log_lr_min_distance > 0)
+    lowest = fmaxf(lowest, logf(w.log_lr_min_distance * distance[kLargest]) - log1pf(step) / 2);
+  return lowest;
 }
 
 // Moves a sampled parameter of a tensor; returns the square of how far it is.

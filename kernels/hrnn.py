@@ -449,11 +449,11 @@ def share(
 
     step = tl.load(floats(column(table, STEP, tensors, tensor)))
     lowest = tl.load(weights + SCALARS + 8)
-    if LOG_LR_MIN_DISTANCE > 0:
-        distance = LOG_LR_MIN_DISTANCE * tl.load(floats(column(table, DISTANCE_STATE, tensors, tensor)))
-        lowest = tl.maximum(lowest, tl.log(tl.maximum(distance, TINY)))
     if LOG_LR_MIN_STEPS > 0:
         lowest -= 0.5 * tl.log(1.0 + step / LOG_LR_MIN_STEPS)
+    if LOG_LR_MIN_DISTANCE > 0:
+        distance = LOG_LR_MIN_DISTANCE * tl.load(floats(column(table, DISTANCE_STATE, tensors, tensor)))
+        lowest = tl.maximum(lowest, tl.log(tl.maximum(distance, TINY)) - 0.5 * tl.log(1.0 + step))
     tl.store(row + LOWEST, lowest)
     started = step > 0
     tl.store(row + STARTED, started.to(tl.float32))

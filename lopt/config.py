@@ -46,10 +46,9 @@ class HRNNConfig:
         log_lr_min_steps: after how many steps the lower bound begins to fall: it is log_lr_min - log(1 + t / this) / 2
             in a tensor's step t, counted from 0, for a learning rate that falls at most with the root of time. 0: it
             stays, as in the paper.
-        log_lr_min_distance: before it falls, the lower bound is the logarithm of this share of the largest distance
-            that the tensor has had from where it started, root mean square over its parameters, where that is above
-            log_lr_min. Distance / sqrt(t) is a rate that nobody has to tune: "DoG is SGD's Best Friend" (Ivgi, Hinder,
-            Carmon 2023). 0: none, as in the paper.
+        log_lr_min_distance: nor is the learning rate below this share of d / sqrt(1 + t), where d is the largest
+            distance that the tensor has had from where it started, root mean square over its parameters. That is a rate
+            nobody has to tune: "DoG is SGD's Best Friend" (Ivgi, Hinder, Carmon 2023). 0: none, as in the paper.
         ms_eps: added to the squared average inside the moving mean square.
         rms_eps: added to the mean square under the root and in its logarithm.
         damping: a tensor whose gradient's root mean square is below this share of its own moving average takes steps
@@ -151,6 +150,11 @@ class HRNNConfig:
     def levels(self) -> int:
         """GRUs in the hierarchy: 1 parameter, 2 and tensor, 3 and global."""
         return len(self.level_sizes)
+
+    @property
+    def moving_bound(self) -> bool:
+        """Whether the lower bound of the log lr depends on the step."""
+        return self.log_lr_min_steps > 0 or self.log_lr_min_distance > 0
 
     @property
     def hidden_size(self) -> int:

@@ -116,8 +116,9 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
-        min_lr: no learned rate falls below it; None: below what the meta-parameters say, for the shipped ones a tenth
-            of a tensor's largest distance from its start over sqrt(1 + step).
+        min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
+            the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of a tenth of a tensor's
+            largest distance from its start over sqrt(1 + step).
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.
@@ -269,8 +270,7 @@ class HRNN(Optimizer):
         """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
         meta, asked_for = self._given
         lowest = min(group["init_lr"] for group in self.param_groups)
-        above = meta.config.log_lr_min - math.log(lowest)
-        if not asked_for and above > 0:
+        if not asked_for and meta.config.log_lr_min > math.log(lowest):
             meta = _lowered(meta, lowest)
         if meta.config != self.meta.config:
             self.meta, self._plans = meta, {}
@@ -744,10 +744,9 @@ def _places(orders: Sequence[tuple[Any, ...]], sizes: Sequence[int], shards: Sha
 def _lowered(meta: MetaParams, init_lr: float) -> MetaParams:
     """The same meta-parameters with a bound that is nowhere above where rates start."""
     config = meta.config
-    above, steps, distance = config.log_lr_min - math.log(init_lr), config.log_lr_min_steps, config.log_lr_min_distance
-    if not distance:  # what falls with the root of the steps is there exp(2 * above) times later
-        steps *= math.exp(min(2 * above, 60))
-    return _bounded(meta, init_lr, steps=steps, distance=distance)
+    # What falls with the root of the steps is there exp(2 * above) times later; what follows the distance starts at 0.
+    later = math.exp(min(2 * (config.log_lr_min - math.log(init_lr)), 60))
+    return _bounded(meta, init_lr, steps=config.log_lr_min_steps * later, distance=config.log_lr_min_distance)
 
 
 def _bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -> MetaParams:

@@ -299,8 +299,8 @@ def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_orde
     assert optimizer.state[params[0]]["log_lr"].min() > math.log(0.01)  # the bound is above where rates started
 
 
-def test_a_bound_by_distance_gives_way_to_min_lr_and_needs_none_for_a_small_init_lr(place):
-    meta = MetaParams.init(HRNNConfig(log_lr_min=math.log(1e-5), log_lr_min_steps=1.0, log_lr_min_distance=0.1))
+def test_a_bound_by_distance_gives_way_to_min_lr_and_not_to_a_small_init_lr(place):
+    meta = MetaParams.init(HRNNConfig(log_lr_min=math.log(1e-5), log_lr_min_distance=0.1))
     params = place.params()
     held = place.hrnn(params, meta=meta, min_lr=1e-4)
     held.step()

@@ -126,7 +126,7 @@ class FlatState(NamedTuple):
     tensor_hidden: Tensor | None  # [*B, T, H1]
     global_hidden: Tensor | None  # [*B, H2]
     damping: Tensor | None = None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
-    step: Tensor | None = None  # [*B, T] steps taken; where the lower bound of the log lr falls with them
+    step: Tensor | None = None  # [*B, T] steps taken; where the lower bound of the log lr depends on them
     # [*B, T, 1 + SAMPLES] the largest distance from the start; how far some parameters are; where the bound follows it
     distance: Tensor | None = None
 
@@ -179,7 +179,7 @@ def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: 
         tensor_hidden=_level_init(meta, 1, (*batch, tensors, config.tensor_size)) if config.levels >= 2 else None,
         global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
         damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, -1) if config.damping else None,
-        step=log_lr.new_zeros(*batch, tensors) if config.log_lr_min_steps else None,
+        step=log_lr.new_zeros(*batch, tensors) if config.moving_bound else None,
         distance=log_lr.new_zeros(*batch, tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
@@ -270,17 +270,17 @@ def lowest_log_lr(config: HRNNConfig, step: Tensor | None, distance: Tensor | No
     """Lower bound of the log lr of each tensor, [*B, T]; None where it is `log_lr_min` throughout.
 
     Args:
-        step: [*B, T] steps taken; None will do unless the bound falls with them.
-        distance: [*B, T, 1 + SAMPLES]; None will do unless the bound follows it.
+        step: [*B, T] steps taken; None will do where the bound does not depend on them.
+        distance: [*B, T, 1 + SAMPLES]; None will do where the bound does not follow it.
     """
-    lowest = None
+    if step is None:
+        return None
+    lowest = torch.full_like(step, config.log_lr_min)
+    if config.log_lr_min_steps:
+        lowest = lowest - torch.log1p(step / config.log_lr_min_steps) / 2
     if config.log_lr_min_distance:
         assert distance is not None
-        lowest = torch.log(config.log_lr_min_distance * distance[..., 0]).clamp(min=config.log_lr_min)
-    if config.log_lr_min_steps:
-        assert step is not None
-        fallen = torch.log1p(step / config.log_lr_min_steps) / 2
-        lowest = (config.log_lr_min if lowest is None else lowest) - fallen
+        lowest = torch.maximum(lowest, torch.log(config.log_lr_min_distance * distance[..., 0]) - torch.log1p(step) / 2)
     return lowest
 
 
@@ -661,7 +661,7 @@ def advance(
         tensor_hidden=torch.stack(list(tensor_hidden)) if tensor_hidden else None,
         global_hidden=global_hidden if config.levels >= 3 else None,
         damping=torch.stack(list(damping)) if damping else None,
-        step=torch.stack(list(step)) if config.log_lr_min_steps else None,
+        step=torch.stack(list(step)) if config.moving_bound else None,
         distance=torch.stack(list(distance)) if distance else None,
     )
     new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))

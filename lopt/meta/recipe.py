@@ -315,9 +315,15 @@ def paper_mixes() -> list[list[Task]]:
 # Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
 BASE_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
 
-# Damping, and a floor of a tenth of the distance from the start / sqrt(1 + step).
+# Damping, and a floor of 3e-3 / sqrt(1 + step / 100) or a tenth of the distance from the start / sqrt(1 + step), the
+# larger.
 SHIPPED_CONFIG = dataclasses.replace(
-    BASE_CONFIG, log_lr_min_steps=1.0, log_lr_min_distance=0.1, damping=0.5, damping_decay=0.95
+    BASE_CONFIG,
+    log_lr_min=math.log(3e-3),
+    log_lr_min_steps=100.0,
+    log_lr_min_distance=0.1,
+    damping=0.5,
+    damping_decay=0.95,
 )
 
 DEFAULT = Recipe(

@@ -493,7 +493,7 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
         zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
         zeros(len(mix), config.global_size) if config.levels >= 3 else None,
         zeros(tensors, len(UNDAMPED)) if config.damping else None,
-        zeros(tensors) if config.log_lr_min_steps else None,
+        zeros(tensors) if config.moving_bound else None,
         zeros(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 

@@ -68,7 +68,7 @@ def random_state(meta: MetaParams, batch: tuple[int, ...], generator: torch.Gene
         tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels >= 2 else None,
         global_hidden=2 * rand(config.global_size) - 1 if config.levels >= 3 else None,
         damping=rand(tensors, 3) if config.damping else None,
-        step=(9 * rand(tensors)).round() if config.log_lr_min_steps else None,
+        step=(9 * rand(tensors)).round() if config.moving_bound else None,
         distance=rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
@@ -151,9 +151,9 @@ def test_the_lower_bound_of_the_log_lr_follows_the_largest_distance_from_the_sta
         away = (param - start)[places].square().mean().sqrt().item()
         largest = max(largest, away)
         assert state.distance[0, 0].item() == pytest.approx(largest)
-        expected = max(-3.0, math.log(0.5 * largest)) - math.log1p((step + 1) / 4) / 2
+        expected = max(-3.0 - math.log1p((step + 1) / 4) / 2, math.log(0.5 * largest) - math.log1p(step + 1) / 2)
         assert reference.lowest_log_lr(config, state.step, state.distance).item() == pytest.approx(expected)
-    assert away < largest and math.log(0.5 * largest) > -3.0
+    assert away < largest and expected > -3.0 - math.log1p((step + 1) / 4) / 2
     state = state._replace(log_lr=torch.full((n,), -20.0, dtype=torch.float64))  # below the bound
     new = reference.advance_flat(meta, config, segments, grad, state)
     momentum = torch.sigmoid(meta["log_lr.momentum"])

@@ -111,7 +111,7 @@ def make_state(
         2 * rand(config.global_size) - 1 if config.levels > 2 else None,
         rand(tensors, 3) if config.damping else None,
     )
-    step = (9 * rand(tensors)).round().to(device, dtype) if config.log_lr_min_steps else None
+    step = (9 * rand(tensors)).round().to(device, dtype) if config.moving_bound else None
     distance = 0.2 * rand(tensors, 1 + SAMPLES).to(device, dtype) if config.log_lr_min_distance else None
     return (rand(n) - 0.5).to(device, dtype), FlatState(
         *(None if value is None else value.to(device, dtype).requires_grad_() for value in state), step, distance

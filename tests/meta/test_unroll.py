@@ -59,7 +59,7 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
         2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
         2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None,
         rand(tensors, 3) if config.damping else None,
-        (9 * rand(tensors)).round() if config.log_lr_min_steps else None,
+        (9 * rand(tensors)).round() if config.moving_bound else None,
         rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
     theta, grad = rand(n), rand(n) - 0.5
