@@ -127,10 +127,14 @@ def _announce(training: Training, folder: Path) -> None:
     tensors = training.parameters
     details = [f"lr {config.lr:g} ({config.schedule})", f"weight decay {config.weight_decay:g}"]
     if isinstance(training.optimizer, HRNN):
-        own = training.optimizer
-        backend = backends.choose(training.device, own.config, config.backend, own.state_format)
-        falling = f" / sqrt(1 + step / {own.config.log_lr_min_steps:.3g})" if own.config.log_lr_min_steps else ""
-        details += [f"init_lr {own.defaults['init_lr']:g}", f"min_lr {math.exp(own.config.log_lr_min):.3g}{falling}"]
+        own, architecture = training.optimizer, training.optimizer.config
+        backend = backends.choose(training.device, architecture, config.backend, own.state_format)
+        bound = f"min_lr {math.exp(architecture.log_lr_min):.3g}"
+        if architecture.log_lr_min_steps:
+            bound += f" / sqrt(1 + step / {architecture.log_lr_min_steps:.3g})"
+        if architecture.log_lr_min_distance:
+            bound += f" or {architecture.log_lr_min_distance:.3g} distance / sqrt(1 + step)"
+        details += [f"init_lr {own.defaults['init_lr']:g}", bound]
         details += [f"{own.state_format} state", f"backend {backend.__name__.rpartition('.')[2]}"]
     epochs = config.steps * config.batch_size / data.train_count
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
