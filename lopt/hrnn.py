@@ -353,8 +353,8 @@ class HRNN(Optimizer):
             return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
         dtype = row.dtype(self.state_format)
         value = torch.as_tensor(value).detach().to(device=param.device, dtype=dtype, copy=True)
-        if row.per != "parameter":
-            return value
+        if row.per != "parameter":  # a tensor of its parameter's shape may have been sharded for it
+            return value.full_tensor() if distributed.is_dtensor(value) else value
         outer = 0 if row.size(self.config) is None else 1
         if distributed.is_dtensor(param):
             value = distributed.spread(param, value, outer)

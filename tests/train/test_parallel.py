@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lopt.state import SAMPLES
 from lopt.train import checkpoint, models, parallel, plots
 from lopt.train.config import Config
 from lopt.train.data import Digits
@@ -53,12 +54,14 @@ def on_two_processes(check: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 class Plain(nn.Module):
-    """Convolutions without normalisation, and a buffer."""
+    """Convolutions without normalisation, as many biases as a tensor has numbers in one kind of state, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 7, 3), nn.Tanh(), nn.Flatten(), nn.Linear(7 * 36, 33), nn.Tanh())
-        self.head = nn.Linear(33, 10)
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 7, 3), nn.Tanh(), nn.Flatten(), nn.Linear(7 * 36, 1 + SAMPLES), nn.Tanh()
+        )
+        self.head = nn.Linear(1 + SAMPLES, 10)
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
