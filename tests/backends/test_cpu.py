@@ -20,9 +20,9 @@ CONFIGS = {
     "attention_bare": HRNNConfig(attention=True, gradient_shortcut=False, gradient_products=False, damping=0.5),
     "damped": HRNNConfig(damping=0.9, damping_decay=0.8, log_lr_min=-7.0, log_lr_min_steps=2.0),
     "everything": HRNNConfig(
-        attention=True, damping=0.7, log_lr_min=-9.0, log_lr_min_steps=2.0, log_lr_min_distance=0.2
+        attention=True, damping=0.7, log_lr_min=-9.0, log_lr_min_steps=2.0, log_lr_min_distance=3.0
     ),
-    "distance_alone": HRNNConfig(level_sizes=(10,), log_lr_min=-9.0, log_lr_min_distance=0.2),
+    "distance_alone": HRNNConfig(level_sizes=(10,), log_lr_min=-9.0, log_lr_min_distance=3.0),
     "no_products": HRNNConfig(gradient_products=False),
     "no_shortcut": HRNNConfig(gradient_shortcut=False, relative_log_lr="tensor"),
     "wide": HRNNConfig(level_sizes=(10, 33, 7)),
