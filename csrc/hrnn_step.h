@@ -45,7 +45,7 @@ struct Variant {
 enum Decay { kGrad, kScale };
 enum Damping { kTotal, kWeight, kFactor, kDampings };  // the numbers of a tensor's state of that name
 constexpr int kSamples = 32;  // parameters of a tensor from which its distance from the start is estimated
-enum Distance { kLargest, kAway, kDistances = kAway + kSamples };  // likewise; how far each of them is
+enum Distance { kLargest, kAway };  // likewise: the largest distance, then how far each of those parameters is
 
 // Meta-parameters of the parameter level, as `pack` lays them out.
 template <class Real>

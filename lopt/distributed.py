@@ -41,6 +41,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lopt.config import GRADIENT_LIMIT
+from lopt.state import sampled
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -88,11 +89,11 @@ class Shards(NamedTuple):
         """Those of the tensors that have values on any process."""
         return self.take([index for index, count in enumerate(self.numel) if count > 0])
 
-    def sum(self, sums: Tensor, sample: Tensor | None, sampled: Tensor | None) -> Tensor | None:
+    def sum(self, sums: Tensor, sample: Tensor | None, places: Tensor | None) -> Tensor | None:
         """Complete the sums over each tensor, [T, K], in place, and the updates of sampled parameters.
 
         Args:
-            sample: [T, SAMPLES] updates, where there are distances. sampled: their places, below 0 where not here.
+            sample: [T, SAMPLES] updates, where there are distances. places: where they stand, below 0: not here.
 
         Returns:
             [T, SAMPLES] updates, the same on every process.
@@ -100,8 +101,8 @@ class Shards(NamedTuple):
         for row in self.empty:
             sums[row].zero_()
         table = sums
-        if sample is not None and sampled is not None:
-            table = torch.cat([sums, torch.where(sampled < 0, 0.0, sample)], 1)
+        if sample is not None and places is not None:
+            table = torch.cat([sums, torch.where(places < 0, 0.0, sample)], 1)
         for peers, rows in self.rows.items():
             _sum(table, rows, peers)
         if sample is None:
@@ -109,22 +110,16 @@ class Shards(NamedTuple):
         sums.copy_(table[:, : sums.shape[1]])
         return table[:, sums.shape[1] :].contiguous()
 
-    def shape(self, index: int) -> torch.Size:
-        """Of a whole tensor, real numbers."""
-        return real(self.params[index]).shape
-
-    def indices(self, index: int, whole: np.ndarray) -> np.ndarray:
-        """Indices [m, dimensions] of a tensor's parameters as those of its local shard, below 0 where not there."""
+    def sampled(self, index: int) -> np.ndarray:
+        """`lopt.state.sampled` of a whole tensor as indices of its local shard, below 0 for what is not there."""
         param = self.params[index]
-        if not is_dtensor(param):
-            return whole
-        own = whole.copy()
-        for dim, size in enumerate(param.shape):
-            here = _along(param, dim)
-            place = np.full(size, -1)
-            place[here] = np.arange(len(here))
-            own[:, dim] = place[whole[:, dim]]
-        return own
+        indices = sampled(real(param).shape)
+        if is_dtensor(param):
+            for dim, size in enumerate(param.shape):
+                here, place = _along(param, dim), np.full(size, -1)
+                place[here] = np.arange(len(here))
+                indices[:, dim] = place[indices[:, dim]]
+        return indices
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:

@@ -76,7 +76,7 @@ class _Plan(NamedTuple):
     meta: MetaParams
     sizes: list[int]  # T, of what is on this device
     orders: list[tuple[Any, ...]]  # T, likewise
-    sampled: Tensor | None  # [T, SAMPLES] places in `update`, where there is a distance; -1 on another process
+    places: Tensor | None  # [T, SAMPLES] in `update`, of sampled parameters, where there is a distance; see `_places`
     sample: Tensor | None  # [T, SAMPLES] what stands there
     skip: Tensor  # []
     update: Tensor  # [n]
@@ -625,10 +625,10 @@ class HRNN(Optimizer):
             sums=plan.sums,
         )
         sample = plan.sample
-        if plan.sampled is not None:
-            torch.take(plan.update, plan.sampled, out=sample)
+        if plan.places is not None:
+            torch.take(plan.update, plan.places, out=sample)
         if shards is not None:
-            sample = shards.sum(plan.sums, sample, plan.sampled)
+            sample = shards.sum(plan.sums, sample, plan.places)
         backend.summarise(
             meta,
             plan.sums,
@@ -677,7 +677,7 @@ class HRNN(Optimizer):
             meta=MetaParams.from_flat(self.config, self.meta.to(**like).flat()),  # one vector, as operators take it
             sizes=sizes,
             orders=orders,
-            sampled=_places(orders, sizes, shards).to(device) if self.config.log_lr_min_distance else None,
+            places=_places(orders, sizes, shards).to(device) if self.config.log_lr_min_distance else None,
             sample=torch.empty(len(sizes), SAMPLES, **like) if self.config.log_lr_min_distance else None,
             skip=torch.zeros((), **like),
             update=updates[0],
@@ -733,7 +733,7 @@ def _places(orders: Sequence[tuple[Any, ...]], sizes: Sequence[int], shards: Sha
     """Where in the update each tensor's `sampled` parameters stand: [T, SAMPLES], -1 for those that are not here."""
     places, begin = np.full((len(sizes), SAMPLES), -1), 0
     for index, ((shape, order), size) in enumerate(zip(orders, sizes, strict=True)):
-        own = sampled(shape) if shards is None else shards.indices(index, sampled(shards.shape(index)))
+        own = sampled(shape) if shards is None else shards.sampled(index)
         here = (own >= 0).all(-1)
         if here.any():
             places[index, here] = own[here] @ np.array(order, dtype=np.int64) + begin

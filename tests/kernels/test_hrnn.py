@@ -25,7 +25,7 @@ import lopt
 from lopt import HRNNConfig, MetaParams, backends, compact, native
 from lopt.backends import coverage, cuda, gpu, reference, triton
 from lopt.interop import tf1
-from lopt.state import init_global, init_state
+from lopt.state import SAMPLES, init_global, init_state
 
 INTERPRETED = triton.interpreted()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -471,6 +471,7 @@ def test_neither_interpretation_nor_emulation_is_chosen_unasked():
 @pytest.mark.skipif(native.absent() is not None, reason=str(native.absent()))
 def test_the_cuda_kernels_have_the_tables_that_are_sent_to_them():
     layout = native.load().gpu_layout()
+    assert layout["samples"] == SAMPLES
     for name, columns in (("advance", gpu.AdvanceColumn), ("summary", gpu.SummaryColumn), ("apply", gpu.ApplyColumn)):
         assert layout[name] == [column.name for column in columns]
     assert layout["partials"] == gpu.PARTIALS
