@@ -227,9 +227,40 @@ def noisy_mixes() -> list[list[Task]]:
     return _mixes(1.0, (12, 32))
 
 
+def pattern_mixes() -> list[list[Task]]:
+    """Samples around patterns, up to 64 inputs: classes that can be told apart to the end, wrong labels that can be
+    learned by heart; longer sequences."""
+    relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
+    return [
+        [
+            nets.Linear(64, 10, samples=512, modes=3),
+            nets.MLP((24,), relu, features=36, outputs=8, samples=384, noise=0.2, modes=2),
+            nets.MLP((12,) * 7, relu, features=36, outputs=8, samples=384, batch=24, modes=3),
+            nets.GRU(6, 6, 14, outputs=8, samples=384, batch=24, modes=2),
+            nets.Autoencoder((20, 6, 20), tanh, features=36, samples=384, modes=3),
+        ],
+        [
+            nets.Linear(40, 6, samples=384, noise=0.1, modes=2),
+            nets.MLP((32,), relu, features=16, outputs=6, samples=128, batch=16, noise=0.3, modes=2),
+            nets.MLP((16, 16), tanh, features=49, outputs=8, samples=384, modes=3),
+            nets.MLP((14, 14), gelu, nets.layer_norm, features=36, outputs=6, samples=256, batch=24, modes=2),
+            nets.MLP((20, 20), relu, features=25, outputs=2, regression=True, samples=256, noise=0.1, modes=3),
+            nets.Language(16, 10, 12, batch=10, samples=256),
+        ],
+        [
+            nets.MLP((16,), relu, features=64, outputs=10, samples=512, batch=24, modes=2),
+            nets.MLP((10,) * 8, relu, features=25, outputs=6, samples=256, batch=24, modes=2),
+            nets.GRU(5, 5, 10, outputs=5, samples=256, batch=16, modes=3),
+            nets.Autoencoder((12, 4, 12), relu, features=25, samples=256, modes=3),
+            nets.Conv((6, 8), 6, norm=False, outputs=6, samples=192, batch=12),
+            nets.Language(12, 8, 10, batch=8, samples=192),
+        ],
+    ]
+
+
 def hard_mixes() -> list[list[Task]]:
-    """The noisy ones and four of what is hard to train: deep narrow networks, recurrences with and without gates, few
-    samples, normalisation, more data than parameters, many inputs."""
+    """The noisy ones, four of what is hard to train, and those of patterns: deep narrow networks, recurrences with and
+    without gates, few samples, normalisation, more data than parameters, many inputs."""
     relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
     return [
         *noisy_mixes(),
@@ -264,6 +295,7 @@ def hard_mixes() -> list[list[Task]]:
             nets.MLP((24, 20), gelu, features=28, outputs=2, regression=True, samples=256, batch=24, noise=0.1),
             nets.Conv((8, 8), norm=False, outputs=6, samples=128, batch=12),
         ],
+        *pattern_mixes(),
     ]
 
 
@@ -315,15 +347,15 @@ def paper_mixes() -> list[list[Task]]:
 # Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
 BASE_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
 
-# Damping, and a floor of 3e-3 / sqrt(1 + step / 100) or a tenth of the distance from the start / sqrt(1 + step), the
+# Damping, and a floor of 3e-3 / sqrt(1 + step / 100) or a fifth of the distance from the start / sqrt(1 + step), the
 # larger.
 SHIPPED_CONFIG = dataclasses.replace(
     BASE_CONFIG,
     log_lr_min=math.log(3e-3),
     log_lr_min_steps=100.0,
-    log_lr_min_distance=0.1,
-    damping=0.5,
-    damping_decay=0.95,
+    log_lr_min_distance=0.2,
+    damping=1.0,
+    damping_decay=0.98,
 )
 
 DEFAULT = Recipe(

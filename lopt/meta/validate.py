@@ -27,7 +27,11 @@ FLOOR = 1e-8  # of a loss relative to its start
 
 
 def validation_tasks() -> dict[str, Task]:
-    """Name and task; between 200 and 3,700 parameters."""
+    """Name and task; between 200 and 6,000 parameters.
+
+    The last seven have samples like those of real data, and as many: wrong labels that a network can just learn by
+    heart, classes that it can tell apart to the end, recurrences that are slow to find what they need.
+    """
     relu, tanh, gelu = torch.relu, torch.tanh, torch.nn.functional.gelu
     return {
         "softmax": nets.Linear(24, 8, samples=512, noise=0.1),
@@ -47,6 +51,13 @@ def validation_tasks() -> dict[str, Task]:
         "deep_wide": nets.MLP((24,) + (12,) * 5, relu, features=64, outputs=8, samples=512),
         "autoencoder_wide": nets.Autoencoder((24, 8, 24), gelu, features=64, samples=512),
         "regression_wide": nets.MLP((32, 32), tanh, features=32, outputs=2, regression=True, samples=384),
+        "patterns_softmax": nets.Linear(64, 10, samples=1400, modes=3),
+        "patterns_mlp": nets.MLP((32,), relu, features=64, outputs=10, samples=1400, modes=3),
+        "patterns_mlp_noisy": nets.MLP((32,), relu, features=64, outputs=10, samples=1400, noise=0.2, modes=3),
+        "patterns_deep": nets.MLP((16,) * 8, relu, features=64, outputs=10, samples=1400, modes=3),
+        "patterns_gru": nets.GRU(8, 8, 24, outputs=10, samples=1400, modes=3),
+        "patterns_autoencoder": nets.Autoencoder((32, 8, 32), tanh, features=64, samples=1400, modes=3),
+        "language_long": nets.Language(32, 16, 24, batch=8, samples=600),
     }
 
 

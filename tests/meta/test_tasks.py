@@ -98,16 +98,20 @@ def test_paper_set_has_its_101_tasks_and_each_runs():
 
 NETWORKS = [
     networks.Linear(),
+    networks.Linear(modes=2),
     networks.MLP(noise=0.3),
+    networks.MLP((8,), regression=True, modes=2),
     networks.MLP((8, 8), torch.tanh, networks.batch_norm, residual=True),
     networks.MLP((8,), norm=networks.layer_norm, regression=True, noise=0.1),
     networks.Autoencoder(),
+    networks.Autoencoder((8, 3, 8), modes=3),
     networks.Conv(noise=0.1),
     networks.Conv((4, 6), norm=False),
     networks.Attention(),
     networks.Recurrent(),
     networks.NextToken(),
     networks.GRU(noise=0.1),
+    networks.GRU(modes=2),
     networks.Language(),
 ]
 
@@ -131,6 +135,19 @@ def test_network_learns_each_copy_alone_and_is_learnable(task: Task):
         task.loss(params, task.minibatch(data, 3, random)).sum().backward()
         optimizer.step()
     assert (task.loss(params, data) < 0.9 * first).all()
+
+
+def test_samples_lie_around_patterns_of_their_class():
+    task = networks.Linear(32, 3, samples=256, modes=2)
+    x, labels = task.patterns_of(4, Random(torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(x.mean((1, 2)), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.std((1, 2)), torch.ones(4))
+    lowest = x.amin((1, 2), keepdim=True)
+    assert 0.2 < (x == lowest).float().mean() < 0.7  # features that were zero
+    assert labels.unique().tolist() == [0, 1, 2]
+    between = torch.cdist(x, x) + 1e9 * torch.eye(256)
+    nearest = labels.gather(1, between.argmin(-1))
+    assert (nearest == labels).float().mean() > 0.8  # a third by chance
 
 
 def test_batch_norm_and_convolution_equal_those_of_torch():

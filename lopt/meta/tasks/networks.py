@@ -53,6 +53,8 @@ class Network(Batches):
         batch: samples of a minibatch.
         noise: share of wrong labels (classes), or standard deviation of the targets' noise (regression).
         regression: squared error on standardised values rather than cross-entropy.
+        modes: patterns of each class, around which its samples lie; 0: samples lie anywhere, and a random network tells
+            their classes.
         gain: the start's standard deviation is drawn log-uniformly up to this factor around the usual.
     """
 
@@ -67,10 +69,11 @@ class Network(Batches):
         batch: int = 32,
         noise: float = 0.0,
         regression: bool = False,
+        modes: int = 0,
         gain: float = 1.5,
     ) -> None:
         self.features, self.outputs, self.samples, self.batch = features, outputs, samples, batch
-        self.noise, self.regression, self.gain = noise, regression, gain
+        self.noise, self.regression, self.modes, self.gain = noise, regression, modes, gain
         self.shapes = tuple(self.layout())
 
     @property
@@ -94,6 +97,22 @@ class Network(Batches):
         x = (random.normal(count, self.samples, self.features) * spectrum) @ mixing
         return x * random.log_uniform(count, 1, 1, low=0.5, high=2.0) / x.std((1, 2), keepdim=True)
 
+    def patterns_of(self, count: int, random: Random) -> tuple[Tensor, Tensor]:
+        """[count, samples, features] and the class that each sample's pattern belongs to, [count, samples].
+
+        As in small images, no feature is negative before all are standardised together, many are zero, and they vary
+        along a quarter as many directions, the same for all patterns.
+        """
+        rank, patterns, m = max(2, self.features // 4), self.modes * self.outputs, self.samples
+        pattern = random.integers(count, m, high=patterns)
+        spread = random.log_uniform(count, 1, 1, low=0.3, high=0.8)
+        copies = torch.arange(count, device=pattern.device)[:, None]
+        latent = random.normal(count, patterns, rank)[copies, pattern] + spread * random.normal(count, m, rank)
+        directions = random.normal(count, rank, self.features) / math.sqrt(rank)
+        x = latent @ directions + random.normal(count, 1, self.features) + 0.1 * random.normal(count, m, self.features)
+        x = torch.relu(x)
+        return (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True), pattern % self.outputs
+
     def teach(self, count: int, random: Random, x: Tensor) -> Tensor:
         """[count, samples, outputs], standardised outputs of a random network with one hidden layer."""
         flat, width = x.flatten(2), 16
@@ -102,11 +121,12 @@ class Network(Batches):
         return (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True)
 
     def instance(self, count: int, random: Random) -> Data:
-        x = self.samples_of(count, random)
-        y = self.teach(count, random, x)
+        x, labels = self.patterns_of(count, random) if self.modes else (self.samples_of(count, random), None)
         if self.regression:
+            y = self.teach(count, random, x)
             return {"x": x, "y": y + self.noise * random.normal(*y.shape) if self.noise else y}
-        labels = y.argmax(-1)
+        if labels is None:
+            labels = self.teach(count, random, x).argmax(-1)
         if self.noise:
             wrong = random.uniform(*labels.shape) < self.noise
             labels = torch.where(wrong, random.integers(*labels.shape, high=self.outputs), labels)
@@ -168,10 +188,20 @@ class MLP(Network):
         batch: int = 32,
         noise: float = 0.0,
         regression: bool = False,
+        modes: int = 0,
         gain: float = 1.5,
     ) -> None:
         self.hidden, self.activation, self.norm, self.residual = hidden, activation, norm, residual
-        super().__init__(features, outputs, samples=samples, batch=batch, noise=noise, regression=regression, gain=gain)
+        super().__init__(
+            features,
+            outputs,
+            samples=samples,
+            batch=batch,
+            noise=noise,
+            regression=regression,
+            modes=modes,
+            gain=gain,
+        )
 
     def layout(self) -> list[tuple[int, ...]]:
         shapes: list[tuple[int, ...]] = []
@@ -208,13 +238,21 @@ class Autoencoder(MLP):
         features: int = 12,
         samples: int = 192,
         batch: int = 32,
+        modes: int = 0,
     ) -> None:
         super().__init__(
-            hidden, activation, features=features, outputs=features, samples=samples, batch=batch, regression=True
+            hidden,
+            activation,
+            features=features,
+            outputs=features,
+            samples=samples,
+            batch=batch,
+            regression=True,
+            modes=modes,
         )
 
     def instance(self, count: int, random: Random) -> Data:
-        x = self.samples_of(count, random)
+        x = self.patterns_of(count, random)[0] if self.modes else self.samples_of(count, random)
         return {"x": x, "y": x}
 
 
@@ -446,9 +484,10 @@ class GRU(Network):
         samples: int = 192,
         batch: int = 32,
         noise: float = 0.0,
+        modes: int = 0,
     ) -> None:
         self.length, self.part, self.size = length, part, size
-        super().__init__(length * part, outputs, samples=samples, batch=batch, noise=noise)
+        super().__init__(length * part, outputs, samples=samples, batch=batch, noise=noise, modes=modes)
 
     def layout(self) -> list[tuple[int, ...]]:
         d = self.size
