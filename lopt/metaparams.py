@@ -337,9 +337,10 @@ class MetaParams(Mapping[str, Tensor]):
 
     @staticmethod
     def shipped() -> dict[str, Path]:
-        """Name and file of the trained meta-parameters that come with the package."""
+        """Name and file of the trained meta-parameters that come with the package, hrnn-<number>; the last: the default."""
         folder = Path(str(importlib.resources.files("lopt"))) / "weights"
-        return {file.stem: file for file in sorted(folder.glob("*.safetensors"))}
+        files = {file.stem: file for file in folder.glob("*.safetensors")}
+        return {name: files[name] for name in sorted(files, key=lambda name: int(name.removeprefix("hrnn-")))}
 
     @classmethod
     def resolve(cls, meta: MetaParams | str | os.PathLike[str] | None) -> MetaParams:
@@ -357,7 +358,7 @@ class MetaParams(Mapping[str, Tensor]):
             return meta
         shipped = cls.shipped()
         if meta is None:
-            return cls.load(shipped[max(shipped)]) if shipped else cls.init()
+            return cls.load([*shipped.values()][-1]) if shipped else cls.init()
         if isinstance(meta, str) and meta in shipped:
             return cls.load(shipped[meta])
         if not Path(meta).is_file():

@@ -193,3 +193,13 @@ def test_resolve_takes_params_paths_and_names(tmp_path):
         assert MetaParams.resolve(name).config.hidden_size == 10
     with pytest.raises(FileNotFoundError, match="'unheard-of' is neither a file nor the name of shipped weights"):
         MetaParams.resolve("unheard-of")
+
+
+def test_the_highest_number_is_the_default(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    kept = {name: MetaParams.init(seed=seed) for seed, name in enumerate(("hrnn-9", "hrnn-10", "hrnn-2"))}
+    for name, meta in kept.items():
+        meta.save(tmp_path / "weights" / f"{name}.safetensors")
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    assert [*MetaParams.shipped()] == ["hrnn-2", "hrnn-9", "hrnn-10"]
+    assert equal(MetaParams.resolve(None), kept["hrnn-10"])

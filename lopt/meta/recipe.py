@@ -347,14 +347,14 @@ def paper_mixes() -> list[list[Task]]:
 # Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
 BASE_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
 
-# Damping, and a floor of 3e-3 / sqrt(1 + step / 100) or a fifth of the distance from the start / sqrt(1 + step), the
+# Damping, and a floor of 3e-3 / sqrt(1 + step / 100) or 0.15 of the distance from the start / sqrt(1 + step), the
 # larger.
 SHIPPED_CONFIG = dataclasses.replace(
     BASE_CONFIG,
     log_lr_min=math.log(3e-3),
     log_lr_min_steps=100.0,
-    log_lr_min_distance=0.2,
-    damping=1.0,
+    log_lr_min_distance=0.15,
+    damping=0.7,
     damping_decay=0.98,
 )
 
@@ -403,7 +403,7 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-8`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-9`.
 REFINE = Recipe(
     config=SHIPPED_CONFIG,
     minutes=60,
@@ -427,7 +427,7 @@ REFINE = Recipe(
     ),
 )
 
-# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-8`. On the parameter level's 800
+# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-9`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=SHIPPED_CONFIG,
