@@ -337,7 +337,7 @@ class MetaParams(Mapping[str, Tensor]):
 
     @staticmethod
     def shipped() -> dict[str, Path]:
-        """Name and file of the trained meta-parameters that come with the package, hrnn-<number>; the last: the default."""
+        """Name, hrnn-<number>, and file of the meta-parameters that come with the package; the last are the default."""
         folder = Path(str(importlib.resources.files("lopt"))) / "weights"
         files = {file.stem: file for file in folder.glob("*.safetensors")}
         return {name: files[name] for name in sorted(files, key=lambda name: int(name.removeprefix("hrnn-")))}
