@@ -339,8 +339,8 @@ class MetaParams(Mapping[str, Tensor]):
     def shipped() -> dict[str, Path]:
         """Name, hrnn-<number>, and file of the meta-parameters that come with the package; the last are the default."""
         folder = Path(str(importlib.resources.files("lopt"))) / "weights"
-        files = {file.stem: file for file in folder.glob("*.safetensors")}
-        return {name: files[name] for name in sorted(files, key=lambda name: int(name.removeprefix("hrnn-")))}
+        files = sorted(folder.glob("hrnn-*.safetensors"), key=lambda file: int(file.stem.removeprefix("hrnn-")))
+        return {file.stem: file for file in files}
 
     @classmethod
     def resolve(cls, meta: MetaParams | str | os.PathLike[str] | None) -> MetaParams:

@@ -113,6 +113,10 @@ class Network(Batches):
         x = torch.relu(x)
         return (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True), pattern % self.outputs
 
+    def inputs(self, count: int, random: Random) -> tuple[Tensor, Tensor | None]:
+        """[count, samples, ..] and their classes, [count, samples]; None: `teach` tells them."""
+        return self.patterns_of(count, random) if self.modes else (self.samples_of(count, random), None)
+
     def teach(self, count: int, random: Random, x: Tensor) -> Tensor:
         """[count, samples, outputs], standardised outputs of a random network with one hidden layer."""
         flat, width = x.flatten(2), 16
@@ -121,7 +125,7 @@ class Network(Batches):
         return (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True)
 
     def instance(self, count: int, random: Random) -> Data:
-        x, labels = self.patterns_of(count, random) if self.modes else (self.samples_of(count, random), None)
+        x, labels = self.inputs(count, random)
         if self.regression:
             y = self.teach(count, random, x)
             return {"x": x, "y": y + self.noise * random.normal(*y.shape) if self.noise else y}
@@ -193,14 +197,7 @@ class MLP(Network):
     ) -> None:
         self.hidden, self.activation, self.norm, self.residual = hidden, activation, norm, residual
         super().__init__(
-            features,
-            outputs,
-            samples=samples,
-            batch=batch,
-            noise=noise,
-            regression=regression,
-            modes=modes,
-            gain=gain,
+            features, outputs, samples=samples, batch=batch, noise=noise, regression=regression, modes=modes, gain=gain
         )
 
     def layout(self) -> list[tuple[int, ...]]:
@@ -252,7 +249,7 @@ class Autoencoder(MLP):
         )
 
     def instance(self, count: int, random: Random) -> Data:
-        x = self.patterns_of(count, random)[0] if self.modes else self.samples_of(count, random)
+        x, _ = self.inputs(count, random)
         return {"x": x, "y": x}
 
 
