@@ -180,13 +180,14 @@ static void advance(const lopt::Meta& meta, bool compact, List grads, List dtype
 }
 
 static void summarise(const lopt::Meta& meta, List numel, List step, List tensor_hidden, List log_lr_mean, List damping,
-                      List distance, int64_t global_hidden, int64_t sums, int64_t sample, int64_t skip, int64_t scale) {
+                      List distance, int64_t global_hidden, int64_t sums, int64_t update, int64_t places, int64_t skip, int64_t scale) {
   std::vector<lopt::SummariseTensor> tensors(numel.size());
   for (int i = 0; i < numel.size(); i++)
     tensors[i] = {numel.number(i), tensor_hidden.address<float>(i), log_lr_mean.address<float>(i), damping.address<float>(i),
                   distance.address<float>(i), step.address<float>(i)};
   const lopt::Summarise args{&meta, pointer<const float>(sums), tensors.data(), numel.size(), pointer<float>(global_hidden),
-                             pointer<const float>(sample), pointer<const float>(skip), pointer<float>(scale)};
+                             pointer<const float>(update), pointer<const int64_t>(places), pointer<const float>(skip),
+                             pointer<float>(scale)};
   const py::gil_scoped_release release;
   active().kernels->summarise(args);
 }
@@ -351,7 +352,8 @@ static void gpu_summarise(bool emulated, int64_t stream, const py::dict& values)
   args.damping_decay = float(named.real("damping_decay"));
   args.gradient_limit = float(named.real("gradient_limit"));
   args.global_hidden = named.address<float>("global_hidden");
-  args.sample = named.address<const float>("sample");
+  args.update = named.address<const float>("update");
+  args.places = named.address<const int64_t>("places");
   args.skip = named.address<const float>("skip");
   args.scale = named.address<float>("scale");
   args.states = named.address<float>("states");

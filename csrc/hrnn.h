@@ -87,7 +87,8 @@ struct Summarise {
   const SummariseTensor* tensors;
   int count;
   float* global_hidden;
-  const float* sample;  // [count][kSamples] updates of sampled parameters, null without distances
+  const float* update;    // [sum of sizes]
+  const int64_t* places;  // [count][kSamples] where in it sampled parameters stand, null without distances
   const float* skip;
   float* scale;  // [count][directions]
 };

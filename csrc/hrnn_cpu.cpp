@@ -439,7 +439,7 @@ void summarise(const Summarise& args) {
     if (config.attention) args.scale[i * 2 + 1] = factor / std::sqrt(means[inputs + 2] + kDirectionEps);
     if (tensor.distance) {
       float squares = 0;
-      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, scale * args.sample[i * kSamples + s]);
+      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, scale * args.update[args.places[i * kSamples + s]]);
       arrive(tensor.distance, squares);
     }
   }

@@ -66,7 +66,8 @@ struct Summarise {
   float direction_eps;
   float damping, damping_decay, gradient_limit;  // damping 0 without
   float* global_hidden;
-  const float* sample;  // [tensors, kSamples] updates of sampled parameters, null without distances
+  const float* update;    // [sum of sizes]
+  const int64_t* places;  // [tensors, kSamples] where in it sampled parameters stand, null without distances
   const float* skip;
   float* scale;     // [tensors, 1 or 2]
   float* states;    // [tensors, tensor_size], scratch

@@ -795,12 +795,12 @@ LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared
     for (int i = thread; i < args.inputs; i += B::threads) shared.x[i] = sums[i] / numel;
     for (int j = thread; j < size; j += B::threads) shared.h[j] = q[j];
   });
-  if (args.sample) {
+  if (args.places) {
     float* const distance = row.address<float>(SummaryColumn::DISTANCE);
     const float scale = args.scale[int64_t(block.index) * (1 + args.attention)];
+    const int64_t* const places = args.places + int64_t(block.index) * kSamples;
     block.each([&](int thread) {
-      if (thread < kSamples)
-        shared.squares[thread] = travel(distance, thread, scale * args.sample[int64_t(block.index) * kSamples + thread]);
+      if (thread < kSamples) shared.squares[thread] = travel(distance, thread, scale * args.update[places[thread]]);
     });
     block.each([&](int thread) {
       if (thread != 0) return;

@@ -130,7 +130,7 @@ POINTERS = [
     "from_tensor",
     "from_global",
     "global_hidden",
-    "sample",
+    "places",
     "skip",
     "grad_scale",
     "weights",
@@ -916,13 +916,14 @@ def damp(damping, square, DAMPING: tl.constexpr, DECAY: tl.constexpr, LIMIT: tl.
 
 
 @inlined
-def travel(distance, scale, sample):
+def travel(distance, scale, update, places):
     """Take note of how far a tensor has come after its sampled parameters have moved.
 
-    distance: [1 + SAMPLES] the largest so far, root mean square; how far each is; updated. sample: [SAMPLES] updates.
+    distance: [1 + SAMPLES] the largest so far, root mean square; how far each is; updated.
+    update: [n] of all tensors. places: [SAMPLES] where in it they stand.
     """
     s = tl.arange(0, SAMPLES)
-    away = tl.load(distance + 1 + s) + scale * tl.load(sample + s)
+    away = tl.load(distance + 1 + s) + scale * tl.load(update + tl.load(places + s))
     largest = tl.maximum(tl.load(distance), tl.sqrt(tl.sum(away * away, 0) / SAMPLES))
     tl.debug_barrier()  # every thread has read them
     tl.store(distance + 1 + s, away)
@@ -936,7 +937,8 @@ def summarise(
     sums,
     levels,
     global_hidden,
-    sample,
+    update,
+    places,
     skip,
     scale,
     scratch,
@@ -961,7 +963,7 @@ def summarise(
     levels: weights of the tensor GRU, then of the global one. skip: [] other than 0: nothing is changed.
     scale: [tensors, 1 + ATTENTION], written. scratch: [tensors, 2, WIDTH]. ticket: int32 [], zero before and after.
     LAST: the global GRU reads the last tensor's state instead of the mean over the tensors.
-    sample: [tensors, SAMPLES] updates of sampled parameters, anything without DISTANCE.
+    update: [n] of all tensors. places: [tensors, SAMPLES] where in it sampled parameters stand. DISTANCE: they count.
     DAMPING, DAMPING_DECAY: of the configuration. LIMIT: of gradients.
     """
     if tl.load(skip) != 0:
@@ -980,7 +982,7 @@ def summarise(
     if DISTANCE:
         distance = floats(column(table, SUMMARY_DISTANCE, tensors, tensor))
         move = factor / tl.sqrt(tl.load(row + SQUARES) / numel + EPS)
-        travel(distance, move, sample + tensor.to(tl.int64) * SAMPLES)
+        travel(distance, move, update, places + tensor.to(tl.int64) * SAMPLES)
     tl.store(floats(column(table, SUMMARY_LOG_LR_MEAN, tensors, tensor)), tl.load(row + SQUARES + 1) / numel)
     step = floats(column(table, SUMMARY_STEP, tensors, tensor))
     before = tl.load(step)

@@ -89,26 +89,29 @@ class Shards(NamedTuple):
         """Those of the tensors that have values on any process."""
         return self.take([index for index, count in enumerate(self.numel) if count > 0])
 
-    def sum(self, sums: Tensor, sample: Tensor | None, places: Tensor | None) -> Tensor | None:
+    def sum(self, sums: Tensor, update: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Complete the sums over each tensor, [T, K], in place, and the updates of sampled parameters.
 
         Args:
-            sample: [T, SAMPLES] updates, where there are distances. places: where they stand, below 0: not here.
+            update: [n]. places: [T, SAMPLES] where in it sampled parameters stand, below 0: not here; None without
+                distances.
 
         Returns:
-            [T, SAMPLES] updates, the same on every process.
+            The updates of all sampled parameters in one vector, the same on every process, and where they stand there.
         """
         for row in self.empty:
             sums[row].zero_()
         table = sums
-        if sample is not None and places is not None:
-            table = torch.cat([sums, torch.where(places < 0, 0.0, sample)], 1)
+        if places is not None:
+            sample = torch.where(places < 0, 0.0, update.take(places))
+            table = torch.cat([sums, sample], 1)
         for peers, rows in self.rows.items():
             _sum(table, rows, peers)
-        if sample is None:
-            return None
+        if places is None:
+            return update, None
         sums.copy_(table[:, : sums.shape[1]])
-        return table[:, sums.shape[1] :].contiguous()
+        sample = table[:, sums.shape[1] :].reshape(-1)
+        return sample, torch.arange(len(sample), device=places.device).view_as(places)
 
     def sampled(self, index: int) -> np.ndarray:
         """`lopt.state.sampled` of a whole tensor as indices of its local shard, below 0 for what is not there."""

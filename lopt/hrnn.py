@@ -77,7 +77,6 @@ class _Plan(NamedTuple):
     sizes: list[int]  # T, of what is on this device
     orders: list[tuple[Any, ...]]  # T, likewise
     places: Tensor | None  # [T, SAMPLES] in `update`, of sampled parameters, where there is a distance; see `_places`
-    sample: Tensor | None  # [T, SAMPLES] what stands there
     skip: Tensor  # []
     update: Tensor  # [n]
     attention_update: Tensor | None  # [n]
@@ -624,11 +623,9 @@ class HRNN(Optimizer):
             attention_update=plan.attention_update,
             sums=plan.sums,
         )
-        sample = plan.sample
-        if plan.places is not None:
-            torch.take(plan.update, plan.places, out=sample)
+        sampled_update, places = plan.update, plan.places
         if shards is not None:
-            sample = shards.sum(plan.sums, sample, plan.places)
+            sampled_update, places = shards.sum(plan.sums, plan.update, plan.places)
         backend.summarise(
             meta,
             plan.sums,
@@ -639,7 +636,8 @@ class HRNN(Optimizer):
             distance,
             step,
             numel=numel,
-            sample=sample,
+            update=sampled_update,
+            places=places,
             skip=skip,
             scale=plan.scale,
         )
@@ -678,7 +676,6 @@ class HRNN(Optimizer):
             sizes=sizes,
             orders=orders,
             places=_places(orders, sizes, shards).to(device) if self.config.log_lr_min_distance else None,
-            sample=torch.empty(len(sizes), SAMPLES, **like) if self.config.log_lr_min_distance else None,
             skip=torch.zeros((), **like),
             update=updates[0],
             attention_update=updates[1] if self.config.attention else None,

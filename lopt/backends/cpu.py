@@ -205,7 +205,8 @@ def summarise(
     step: Sequence[Tensor],
     *,
     numel: Sequence[int],
-    sample: Tensor | None,
+    update: Tensor,
+    places: Tensor | None,
     skip: Tensor,
     scale: Tensor,
 ) -> None:
@@ -216,7 +217,8 @@ def summarise(
         *_summarised(scale)(step, tensor_hidden, log_lr_mean, damping, distance),
         global_hidden.data_ptr(),
         sums.data_ptr(),
-        0 if sample is None else sample.data_ptr(),
+        update.data_ptr(),
+        0 if places is None else places.data_ptr(),
         skip.data_ptr(),
         scale.data_ptr(),
     )

@@ -484,7 +484,8 @@ class Stages:
         table: Tensor,
         sums: Tensor,
         global_hidden: Tensor,
-        sample: Tensor | None,
+        update: Tensor,
+        places: Tensor | None,
         skip: Tensor,
         scale: Tensor,
     ) -> None:
@@ -580,7 +581,8 @@ class Stages:
         step: Sequence[Tensor],
         *,
         numel: list[int],
-        sample: Tensor | None,
+        update: Tensor,
+        places: Tensor | None,
         skip: Tensor,
         scale: Tensor,
     ) -> None:
@@ -600,7 +602,7 @@ class Stages:
             )
             self._follow_meta(kept, meta)
             table = kept.follow(state, numel)
-            self.launch_summarise(kept, table, sums, global_hidden, sample, skip, scale)
+            self.launch_summarise(kept, table, sums, global_hidden, update, places, skip, scale)
 
     @torch.no_grad()
     def apply(

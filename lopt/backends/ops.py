@@ -27,7 +27,7 @@ SCHEMAS = {
     "summarise": """(
         str backend, str config, Tensor meta, Tensor sums, Tensor(a!)[] tensor_hidden, Tensor(b!) global_hidden,
         Tensor(c!)[] log_lr_mean, Tensor(d!)[] damping, Tensor(e!)[] distance, Tensor(f!)[] step, *, SymInt[] numel,
-        Tensor? sample, Tensor skip, Tensor(g!) scale) -> ()""",
+        Tensor update, Tensor? places, Tensor skip, Tensor(g!) scale) -> ()""",
     "apply": """(
         str backend, str config, Tensor meta, Tensor(a!)[] params, Tensor(b!)[] true_param, Tensor update,
         Tensor? attention_update, Tensor scale, Tensor[] log_lr_mean, *, Tensor lr,

@@ -74,10 +74,11 @@ class Segments:
 
     def sample(self, values: Tensor) -> Tensor:
         """Those of `lopt.state.sampled` parameters: [..., n] -> [..., T, SAMPLES]; no gradient."""
-        return values.detach()[..., self._sampled]
+        return values.detach()[..., self.places]
 
     @functools.cached_property
-    def _sampled(self) -> Tensor:
+    def places(self) -> Tensor:
+        """Where `lopt.state.sampled` parameters stand: [T, SAMPLES]."""
         places = [begin + sampled((size,))[:, 0] for size, (begin, _) in zip(self.sizes, self.bounds, strict=True)]
         return torch.from_numpy(np.stack(places)).to(self.lengths.device)
 
@@ -693,7 +694,8 @@ def summarise(
     step: Sequence[Tensor],
     *,
     numel: Sequence[int],
-    sample: Tensor | None,
+    update: Tensor,
+    places: Tensor | None,
     skip: Tensor,
     scale: Tensor,
 ) -> None:
@@ -704,7 +706,8 @@ def summarise(
         sums: [T, K] of `advance`.
         tensor_hidden, global_hidden, log_lr_mean, damping, distance, step: updated in place.
         numel: parameters of each whole tensor.
-        sample: [T, SAMPLES] updates of `lopt.state.sampled` parameters; None without distances.
+        update: [n] of `advance`. places: [T, SAMPLES] where in it the updates of `lopt.state.sampled` parameters stand;
+            None without distances.
         skip: [] other than 0: nothing is changed.
         scale: [T, 1 or 2], written: 1 / root mean square of the (attention) direction, damped.
     """
@@ -719,7 +722,7 @@ def summarise(
         global_hidden if config.levels >= 3 else None,
         torch.stack(list(damping)) if damping else None,
         torch.stack(list(distance)) if distance else None,
-        sample,
+        None if places is None else update.take(places),
     )
     keep = skip != 0
     for index, count in enumerate(step):

@@ -76,11 +76,11 @@ class Run:
             self.rows("damping"), self.rows("distance"),
             maximize=[False] * len(grads), grad_scale=None, update=self.updates[0], attention_update=attention,
             sums=self.sums, **common)  # fmt: skip
-        sample = reference.Segments(numel).sample(self.updates[0]) if self.rows("distance") else None
+        places = reference.Segments(numel).places if self.rows("distance") else None
         self.backend.summarise(
             self.meta, self.sums, self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
-            self.rows("damping"), self.rows("distance"), self.rows("step"), sample=sample, scale=self.scale,
-            **common)  # fmt: skip
+            self.rows("damping"), self.rows("distance"), self.rows("step"), update=self.updates[0],
+            places=places, scale=self.scale, **common)  # fmt: skip
         self.backend.apply(
             self.meta, self.params, self.rows("true_param"), self.updates[0], attention, self.scale,
             self.rows("log_lr_mean"), lr=options.get("lr", [1.0] * len(grads)),
@@ -205,11 +205,12 @@ def test_operators_pass_opcheck():
     options = {"numel": [5, 17], "maximize": [False, True], "grad_scale": None, "skip": skip}
     buffers = {"update": run.updates[0].clone(), "attention_update": run.updates[1].clone(), "sums": run.sums}
     torch.library.opcheck(torch.ops.lopt.hrnn_advance.default, advance, options | buffers)
+    places = torch.zeros(2, SAMPLES, dtype=torch.int64)
     summarise = (backend, config, flat, run.sums.zero_(), rows["tensor_hidden"], *above)
     torch.library.opcheck(
         torch.ops.lopt.hrnn_summarise.default,
         (*summarise, rows["step"]),
-        {"numel": [5, 17], "sample": torch.ones(2, SAMPLES), "skip": skip, "scale": run.scale},
+        {"numel": [5, 17], "update": buffers["update"], "places": places, "skip": skip, "scale": run.scale},
     )
     apply = (backend, config, flat, run.params, run.rows("true_param"), buffers["update"], buffers["attention_update"])
     torch.library.opcheck(

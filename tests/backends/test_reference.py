@@ -251,7 +251,8 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
             rows("distance"),
             rows("step"),
             numel=SIZES,
-            sample=segments.sample(update) if rows("distance") else None,
+            update=update,
+            places=segments.places if rows("distance") else None,
             skip=skip,
             scale=scale,
         )

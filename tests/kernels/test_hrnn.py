@@ -172,7 +172,8 @@ class Stages:
             self.rows("distance"),
             self.rows("step"),
             numel=self.numel,
-            sample=reference.Segments(self.numel).sample(self.update) if self.rows("distance") else None,
+            update=self.update,
+            places=reference.Segments(self.numel, self.update.device).places if self.rows("distance") else None,
             skip=self.skip,
             scale=self.scale,
         )
