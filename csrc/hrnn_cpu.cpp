@@ -342,7 +342,7 @@ void advance(const Advance& args) {
     good[index] = within_limit(args.tensors[chunk.tensor], factor(chunk), chunk.begin, chunk.end);
   });
   if (!std::all_of(good.begin(), good.end(), [](char value) { return value; })) {
-    *args.skip += 1;
+    *args.skip = std::max(*args.skip, 1.f);
     return;
   }
 

@@ -434,17 +434,19 @@ class HRNN(Optimizer):
         else:
             # One device's overflow must hold back the others before any of them has moved.
             overflows = [~within_limit(grad, grad_scale).to(devices[0]) for grad in columns["grad"]]
-            skip = torch.stack(overflows).any().float() + (0 if found_inf is None else found_inf.to(devices[0]))
+            overflow = torch.stack(overflows).any().float() + (0 if found_inf is None else found_inf.to(devices[0]))
             for device in dict.fromkeys(devices):
                 here = [index for index, other in enumerate(devices) if other == device]
                 own = {name: tuple(column[index] for index in here) for name, column in columns.items()}
                 own_shards = None if shards is None else shards.take(here)
                 sizes, orders = [listed.sizes[index] for index in here], [listed.orders[index] for index in here]
                 own_groups, own_rates = [groups[index] for index in here], [rates[index] for index in here]
-                self._step_device(device, own, sizes, orders, own_groups, own_rates, skip, grad_scale, own_shards)
+                skip = self._step_device(
+                    device, own, sizes, orders, own_groups, own_rates, overflow, grad_scale, own_shards
+                )
         # On the CPU a look costs less than an addition.
         if not skip.is_cpu or torch.compiler.is_compiling() or skip:
-            self._skipped = self._skipped.to(skip.device).add_(skip.sign())
+            self._skipped = self._skipped.to(skip.device).add_(skip)
         return loss
 
     def _list(self, tensors: list[Tensor], whole: Sequence[Tensor] | None) -> _Listed:
@@ -586,7 +588,7 @@ class HRNN(Optimizer):
         grad_scale: Tensor | None,
         shards: Shards | None,
     ) -> Tensor:
-        """The three stages, for all tensors of one device at once; returns [] other than 0 if nothing was changed."""
+        """The three stages, for all tensors of one device at once; returns [], 1 if nothing was changed, else 0."""
         numel = sizes if shards is None else shards.numel
         plan = self._plans.get(device)
         if plan is None or plan.sizes != sizes or plan.orders != orders:
@@ -595,7 +597,7 @@ class HRNN(Optimizer):
         if found_inf is None:
             skip.zero_()
         else:
-            skip.copy_(found_inf.reshape(()))
+            skip.copy_(found_inf.reshape(())).sign_()  # GradScaler's is a sum over devices
         if grad_scale is not None:
             grad_scale = grad_scale.to(device=device, dtype=torch.float32).reshape(())
         tensor_hidden, log_lr_mean, damping, distance = (

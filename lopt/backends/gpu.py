@@ -539,7 +539,7 @@ class Stages:
         attention_update: Tensor | None,
         sums: Tensor,
     ) -> None:
-        """Stage 1, see lopt.backends.reference.advance. At a non-finite gradient a `skip` of 0 becomes 1."""
+        """Stage 1, see lopt.backends.reference.advance."""
         sizes = list(map(Tensor.numel, grads))
         state: dict[int, Sequence[Tensor]] = {
             AdvanceColumn.HIDDEN: hidden,

@@ -628,7 +628,8 @@ def advance(
         numel: parameters of each whole tensor.
         maximize: per tensor, whether to climb.
         grad_scale: [] what the gradients were multiplied with, or None.
-        skip: [] other than 0: nothing is changed by any stage. A gradient beyond GRADIENT_LIMIT, inf or NaN, adds 1.
+        skip: [] other than 0: nothing is changed by any stage. Becomes at least 1 at a gradient beyond
+            GRADIENT_LIMIT, inf or NaN.
         update, attention_update: [n], written, each tensor in the memory order of its state: exp(log step) * direction;
             attention_update is None without attention.
         sums: [T, K], written: sums over each tensor.
@@ -638,7 +639,7 @@ def advance(
     flat_grad = _flatten([grad.to(dtype) for grad in grads], None)
     if grad_scale is not None:
         flat_grad = flat_grad * grad_scale.to(dtype).reciprocal()
-    skip += (~(flat_grad.abs() <= GRADIENT_LIMIT).all()).to(skip.dtype)
+    torch.maximum(skip, (~(flat_grad.abs() <= GRADIENT_LIMIT).all()).to(skip.dtype), out=skip)
     segments = Segments([grad.numel() for grad in grads], hidden[0].device)
     if any(maximize):
         sign = torch.tensor([-1.0 if climb else 1.0 for climb in maximize], dtype=dtype, device=flat_grad.device)

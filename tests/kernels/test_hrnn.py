@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lopt
 from lopt import HRNNConfig, MetaParams, backends, compact, native
@@ -619,12 +620,12 @@ def test_a_tensor_of_equal_parts_is_stepped_alike_in_all_of_them(target, state_f
     torch.testing.assert_close(whole.detach()[:size], part.detach(), rtol=2**-23, atol=AGREE * 1e-3)
 
 
-def model_on_gpu(target: Target, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, lopt.HRNN, Tensor]:
+def make_model(target: Target, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, lopt.HRNN, Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(65, 129), torch.nn.ReLU(), torch.nn.Linear(129, 1)).to(
         target.device, dtype
     )
-    optimizer = lopt.HRNN(model.parameters(), meta=MetaParams.init(seed=3), backend=target.name)
+    optimizer = lopt.HRNN(model.parameters(), backend=target.name)
     return model, optimizer, torch.randn(32, 65, device=target.device, dtype=dtype)
 
 
@@ -637,7 +638,7 @@ def train_step(model: torch.nn.Module, optimizer: lopt.HRNN, batch: Tensor, set_
 @gpu_test
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_step_does_not_synchronise_even_with_gradients_at_other_addresses(target, dtype):
-    model, optimizer, batch = model_on_gpu(target, dtype)
+    model, optimizer, batch = make_model(target, dtype)
     for _ in range(2):
         train_step(model, optimizer, batch)
     torch.cuda.set_sync_debug_mode("error")
@@ -650,14 +651,40 @@ def test_a_step_does_not_synchronise_even_with_gradients_at_other_addresses(targ
         torch.cuda.set_sync_debug_mode("default")
 
 
+class Operators(TorchDispatchMode):
+    """Takes down the names of what PyTorch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@kernel_test
+def test_a_step_launches_little_beside_its_kernels(target):
+    if INTERPRETED:
+        pytest.skip("the interpreter itself asks PyTorch for much")
+    model, optimizer, batch = make_model(target)
+    for _ in range(2):
+        train_step(model, optimizer, batch, set_to_none=False)
+    with Operators() as operators:
+        optimizer.step()
+    counted = "_local_scalar_dense" if target.device == CPU else "add_"  # the skipped steps
+    launched = [name.split(".")[1] for name in operators.names if name.startswith("aten.")]
+    assert launched == ["zero_", counted]
+
+
 @gpu_test
 def test_a_step_allocates_nothing_after_the_first(target):
-    model, optimizer, batch = model_on_gpu(target)
+    model, optimizer, batch = make_model(target)
     for _ in range(3):
         train_step(model, optimizer, batch, set_to_none=False)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     optimizer.step()
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before <= 1  # `skip.sign()` of the front-end
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 @gpu_test
@@ -683,7 +710,7 @@ def test_replays_of_a_cuda_graph_equal_ordinary_steps(target, set_to_none):
     torch.cuda.synchronize()
     runs = []
     for captured in (True, False):
-        model, optimizer, batch = model_on_gpu(target)
+        model, optimizer, batch = make_model(target)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -716,7 +743,7 @@ def test_replays_of_a_cuda_graph_equal_ordinary_steps(target, set_to_none):
 
 @gpu_test
 def test_grad_scaler_skips_an_overflow_and_goes_on(target):
-    model, optimizer, batch = model_on_gpu(target)
+    model, optimizer, batch = make_model(target)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     for _ in range(60):
         optimizer.zero_grad()
@@ -733,7 +760,7 @@ def test_grad_scaler_skips_an_overflow_and_goes_on(target):
 def test_compiled_step_equals_the_ordinary_one(target):
     runs = []
     for compiled in (True, False):
-        model, optimizer, batch = model_on_gpu(target)
+        model, optimizer, batch = make_model(target)
         train_step(model, optimizer, batch)
         step = torch.compile(optimizer.step, fullgraph=True) if compiled else optimizer.step
         for _ in range(3):
