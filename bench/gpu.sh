@@ -84,7 +84,7 @@ stage pack4 30 "$PYTHON" -m lopt.bench.gpu pack --cases resnet50 --out "$RESULTS
 stage pack2 30 env PYTHONPATH="$OUT/pack2" PYTHONSAFEPATH=1 "$PYTHON" -m lopt.bench.gpu pack --cases resnet50 --out "$RESULTS"
 stage pack2-sass 60 env PYTHONPATH="$OUT/pack2" PYTHONSAFEPATH=1 "$PYTHON" -m lopt.bench.sass
 stage step 90 "$PYTHON" -m lopt bench step 100k 1M 10M --device cuda --no-compile --rounds 5 --budget 3 --out "$RESULTS"
-stage meta 90 "$PYTHON" -m lopt bench meta --device cuda --stages backprop evolve-noisy --rows 64 1024 --rounds 3 --budget 5 \
+stage meta 90 "$PYTHON" -m lopt bench meta --device cuda --stages backprop refine --rows 64 1024 --rounds 3 --budget 5 \
     --out "$OUT/meta.csv"
 stage sass 90 "$PYTHON" -m lopt.bench.sass
 

@@ -1,7 +1,8 @@
 """Recipes: which tasks, estimators, lengths and rates make up a meta-training run. All numbers of a run are here.
 
-A recipe is a list of stages. The default one backpropagates through short unrolls first, which learns quickly and
-shrinks learning rates too early, and then repairs that with persistent evolution strategies on long episodes.
+A recipe is a list of stages. The default one backpropagates through short unrolls first, which learns a direction in
+minutes and learning rates that shrink too early, and goes on with persistent evolution strategies on long episodes.
+The architecture's bound and damping are there from the first step, so that no stage has to learn them.
 """
 
 from __future__ import annotations
@@ -344,13 +345,11 @@ def paper_mixes() -> list[list[Task]]:
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
 
 
-# Epsilons so small that gradients of any scale look alike; a floor of 1e-5 below which no learning rate can fade.
-BASE_CONFIG = HRNNConfig(ms_eps=1e-24, rms_eps=1e-30, log_lr_min=math.log(1e-5))
-
-# Damping, and a floor of 3e-3 / sqrt(1 + step / 100) or 0.15 of the distance from the start / sqrt(1 + step), the
-# larger.
-SHIPPED_CONFIG = dataclasses.replace(
-    BASE_CONFIG,
+# Epsilons so small that gradients of any scale look alike; damping; a floor of 3e-3 / sqrt(1 + step / 100) or 0.15 of
+# the distance from the start / sqrt(1 + step), the larger.
+SHIPPED_CONFIG = HRNNConfig(
+    ms_eps=1e-24,
+    rms_eps=1e-30,
     log_lr_min=math.log(3e-3),
     log_lr_min_steps=100.0,
     log_lr_min_distance=0.15,
@@ -358,13 +357,30 @@ SHIPPED_CONFIG = dataclasses.replace(
     damping_decay=0.98,
 )
 
+REFINE_STAGE = Stage(
+    "refine",
+    2400,
+    hard_mixes,
+    "pes",
+    rows=64,
+    reuse=20,
+    unroll=Draw(30),
+    episode=Draw(200, 3000),
+    lr=4e-4,
+    warmup=20,
+    final_lr=0.05,
+    average=0.99,
+    objective=Objective(floor=1e-3, cap=2.0),
+)
+
 DEFAULT = Recipe(
-    config=BASE_CONFIG,
-    minutes=34,
+    config=SHIPPED_CONFIG,
+    minutes=60,
+    validate_every=150,
     stages=(
         Stage(
             "backprop",
-            480,
+            220,
             clean_mixes,
             "bptt",
             rows=16,
@@ -376,7 +392,7 @@ DEFAULT = Recipe(
         ),
         Stage(
             "evolve",
-            500,
+            600,
             clean_mixes,
             "pes",
             rows=48,
@@ -384,48 +400,15 @@ DEFAULT = Recipe(
             unroll=Draw(30),
             episode=Draw(100, 2000),
             lr=1e-3,
-            final_lr=0.2,
+            final_lr=0.5,
             objective=Objective(floor=1e-3, cap=4.0),
         ),
-        Stage(
-            "evolve-noisy",
-            900,
-            noisy_mixes,
-            "pes",
-            rows=64,
-            reuse=10,
-            unroll=Draw(30),
-            episode=Draw(100, 2000),
-            lr=4e-4,
-            final_lr=0.05,
-            objective=Objective(floor=3e-3, cap=2.0),
-        ),
+        dataclasses.replace(REFINE_STAGE, meta_steps=3000, lr=1.2e-3, final_lr=0.04),
     ),
 )
 
 # From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-9`.
-REFINE = Recipe(
-    config=SHIPPED_CONFIG,
-    minutes=60,
-    validate_every=150,
-    stages=(
-        Stage(
-            "refine",
-            2400,
-            hard_mixes,
-            "pes",
-            rows=64,
-            reuse=20,
-            unroll=Draw(30),
-            episode=Draw(200, 3000),
-            lr=4e-4,
-            warmup=20,
-            final_lr=0.05,
-            average=0.99,
-            objective=Objective(floor=1e-3, cap=2.0),
-        ),
-    ),
-)
+REFINE = Recipe(config=SHIPPED_CONFIG, minutes=60, validate_every=150, stages=(REFINE_STAGE,))
 
 # For long trainings: `lopt meta-train --recipe lengthen --start hrnn-9`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
