@@ -407,10 +407,10 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-9`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-10`.
 REFINE = Recipe(config=SHIPPED_CONFIG, minutes=60, validate_every=150, stages=(REFINE_STAGE,))
 
-# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-9`. On the parameter level's 800
+# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-10`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=SHIPPED_CONFIG,
