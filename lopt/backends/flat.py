@@ -230,11 +230,35 @@ class Kernels:
         )
 
 
+class _Slowed(torch.autograd.Function):
+    """Log lrs [R, n] whose rises are shortened by a factor for each tensor, [R, T].
+
+    Keeps the log lrs before and after, as the steps on both sides do anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor, factor: Tensor, segments: Segments) -> Tensor:
+        rise = new - old
+        slowed = old + torch.minimum(rise, segments.expand(factor) * rise)
+        ctx.save_for_backward(old, slowed, factor)
+        ctx.segments = segments
+        return slowed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (of_slowed,), (old, slowed, factor), segments = cotangents, ctx.saved_tensors, ctx.segments
+        rise = torch.relu(slowed - old)  # times the factor
+        of_new = torch.where(rise > 0, segments.expand(factor), 1.0) * of_slowed
+        of_factor = segments.sum(rise * of_slowed) / torch.where(factor > 0, factor, torch.inf)
+        return of_slowed - of_new, of_new, of_factor, None
+
+
 def _damped(new: Advanced, config: HRNNConfig, segments: Segments, grad: Tensor, state: FlatState) -> Advanced:
     """What damping changes of a step: log lrs rise slower, and there is a sum more."""
     assert new.log_lr is not None and state.log_lr is not None and state.damping is not None
-    rise, column = new.log_lr - state.log_lr, reference.sums_columns(config).log_lr
-    log_lr = state.log_lr + torch.minimum(rise, segments.expand(state.damping[..., FACTOR]) * rise)
+    column = reference.sums_columns(config).log_lr
+    log_lr = _Slowed.apply(state.log_lr, new.log_lr, state.damping[..., FACTOR], segments)
     own = segments.sum(torch.stack([log_lr, grad.square()], -2)).mT
     sums = torch.cat([new.sums[..., :column], own[..., :1], new.sums[..., column + 1 :], own[..., 1:]], -1)
     return new._replace(log_lr=log_lr, sums=sums)
