@@ -438,8 +438,9 @@ void summarise(const Summarise& args) {
     const float scale = args.scale[i * config.directions()] = factor / std::sqrt(means[inputs] + kDirectionEps);
     if (config.attention) args.scale[i * 2 + 1] = factor / std::sqrt(means[inputs + 2] + kDirectionEps);
     if (tensor.distance) {
+      const int64_t* const places = args.places + i * kSamples;
       float squares = 0;
-      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, scale * args.update[args.places[i * kSamples + s]]);
+      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, scale * args.update[places[s]]);
       arrive(tensor.distance, squares);
     }
   }
