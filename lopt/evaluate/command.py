@@ -110,7 +110,7 @@ def complete(runs: list[Run], weights: dict[str, MetaParams], cache: Cache, jobs
     """Train what is missing, with a progress bar; every result is stored as soon as it is there."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    groups = sorted(lock_steps(runs), key=_cost, reverse=True)
+    groups = sorted(lock_steps(runs, lambda name: suites.task(name).count), key=_cost, reverse=True)
     out: dict[Run, Result] = {}
     if not groups:
         return out

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lopt.evaluate import families, problems, tasks
+from lopt.evaluate import families, large, problems, tasks
 from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import baseline
 from lopt.evaluate.tasks import Task
@@ -108,6 +108,17 @@ SUITES = {
         ),
         timed=True,
     ),
+    "large": Suite(
+        "Networks of up to 1.1 million parameters on real data, 50 times as large as those of the suite digits.",
+        (
+            Part(
+                tuple(large.TASKS),
+                500,
+                ("adam", "adamw-cosine", "prodigy", "schedule-free"),
+                variants=("cosine schedule",),
+            ),
+        ),
+    ),
     "long": Suite(
         "A part of the suite digits for 10 and 40 times as long.",
         tuple(
@@ -137,7 +148,7 @@ def quick(suite: Suite) -> Suite:
     return dataclasses.replace(suite, parts=tuple(dict.fromkeys(map(short, suite.parts))), ablations=ablations)
 
 
-TASKS: dict[str, Callable[[], Task]] = {**tasks.TASKS, **families.NETWORKS, **problems.PROBLEMS}
+TASKS: dict[str, Callable[[], Task]] = {**tasks.TASKS, **large.TASKS, **families.NETWORKS, **problems.PROBLEMS}
 
 
 @functools.cache

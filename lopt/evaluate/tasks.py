@@ -1,15 +1,18 @@
 """Tasks on real data, none of them used in meta-training: its tasks are all synthetic.
 
-The data ship inside scikit-learn. Every task has a fixed split, 80 % for training; features and targets are
+The data ship inside scikit-learn and Python. Every task has a fixed split, 80 % for training; features and targets are
 standardised by their means and deviations over the training part. A network is a function of its parameters with a
 leading dimension of independent copies; parameters start as torch.nn's layers of the same kind do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import inspect
 import math
+import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -203,19 +206,58 @@ class RowsGRU(Network):
         return affine(gru(x.unflatten(-1, (8, 8)), params[:4])[-1], *params[4:])
 
 
+def _embedding(characters: int, width: int) -> Start:
+    return Start((characters, width), math.sqrt(3.0))  # variance 1, as torch.nn.Embedding
+
+
+def _embed(x: Tensor, table: Tensor) -> Tensor:
+    """[count, m, length], [count, characters, width] -> [count, m, length, width]."""
+    return paper.affine(F.one_hot(x, table.shape[1]).to(table), table)
+
+
 class TextGRU(Network):
     """Predicts each next character of a text: embedding, GRU, linear; [count, m, length] -> [.., characters]."""
 
     uses = 16
 
     def __init__(self, characters: int, embedding: int, size: int) -> None:
-        self.characters = characters
-        table = Start((characters, embedding), math.sqrt(3.0))  # variance 1, as torch.nn.Embedding
-        self.starts = [table] + _gru_starts(embedding, size) + linear(size, characters)
+        self.starts = [_embedding(characters, embedding)] + _gru_starts(embedding, size) + linear(size, characters)
 
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
-        embedded = paper.affine(F.one_hot(x, self.characters).to(params[0]), params[0])
-        return affine(torch.stack(gru(embedded, params[1:5]), 2), *params[5:])
+        return affine(torch.stack(gru(_embed(x, params[0]), params[1:5]), 2), *params[5:])
+
+
+class Blocks:
+    """Pre-norm transformer blocks: attention, and two layers with a GELU between them, of twice the width.
+
+    Args:
+        width: of the tokens. heads: that divide it. count: of blocks.
+        causal: whether a token sees none behind it.
+    """
+
+    def __init__(self, width: int, heads: int, count: int, *, causal: bool = False) -> None:
+        self.heads, self.causal = heads, causal
+        block = norm(width) + linear(width, 3 * width) + linear(width, width)
+        block += norm(width) + linear(width, 2 * width) + linear(2 * width, width)
+        self.each, self.starts = len(block), block * count
+
+    def __call__(self, params: Params, h: Tensor) -> Tensor:
+        """[count, m, tokens, width] -> the same; `params` are those of `starts`."""
+        for begin in range(0, len(params), self.each):
+            own = params[begin : begin + self.each]
+            read = affine(layer_norm(h, *own[:2]), *own[2:4]).unflatten(-1, (3, self.heads, -1))
+            query, key, value = read.movedim(-3, 0).transpose(-3, -2)  # [count, m, heads, tokens, width / heads] each
+            scores = query @ key.mT / math.sqrt(query.shape[-1])
+            if self.causal:
+                scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+            seen = torch.softmax(scores, -1) @ value
+            h = h + affine(seen.transpose(-3, -2).flatten(-2), *own[4:6])
+            h = h + affine(F.gelu(affine(layer_norm(h, *own[6:8]), *own[8:10])), *own[10:12])
+        return h
+
+
+def _positions(tokens: int, width: int) -> Start:
+    return Start((tokens, width), 0.02 * math.sqrt(3.0))
 
 
 class Transformer(Network):
@@ -224,24 +266,28 @@ class Transformer(Network):
     uses = 20
 
     def __init__(self, width: int, heads: int, blocks: int, classes: int) -> None:
-        self.heads, self.blocks = heads, blocks
-        block = norm(width) + linear(width, 3 * width) + linear(width, width)
-        block += norm(width) + linear(width, 2 * width) + linear(2 * width, width)
-        positions = Start((16, width), 0.02 * math.sqrt(3.0))
-        self.each = len(block)
-        self.starts = linear(4, width) + [positions] + block * blocks + norm(width) + linear(width, classes)
+        self.blocks = Blocks(width, heads, blocks)
+        self.starts = linear(4, width) + [_positions(16, width)] + self.blocks.starts
+        self.starts += norm(width) + linear(width, classes)
 
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
         patches = x.unflatten(-1, (4, 2, 4, 2)).transpose(3, 4).flatten(4).flatten(2, 3)  # [count, m, 16, 4]
         h = affine(patches, *params[:2]) + params[2][:, None]
-        for block in range(self.blocks):
-            own = params[3 + self.each * block :]
-            read = affine(layer_norm(h, *own[:2]), *own[2:4]).unflatten(-1, (3, self.heads, -1))
-            query, key, value = read.movedim(-3, 0).transpose(-3, -2)  # [count, m, heads, 16, width / heads] each
-            seen = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), -1) @ value
-            h = h + affine(seen.transpose(-3, -2).flatten(-2), *own[4:6])
-            h = h + affine(F.gelu(affine(layer_norm(h, *own[6:8]), *own[8:10])), *own[10:12])
-        return affine(layer_norm(h, *params[-4:-2]).mean(2), *params[-2:])
+        return affine(layer_norm(self.blocks(params[3:-4], h), *params[-4:-2]).mean(2), *params[-2:])
+
+
+class TextTransformer(Network):
+    """Predicts each next character of a text of `length` characters: embedding, causal blocks, linear."""
+
+    def __init__(self, characters: int, length: int, width: int, heads: int, blocks: int) -> None:
+        self.uses = length
+        self.blocks = Blocks(width, heads, blocks, causal=True)
+        self.starts = [_embedding(characters, width), _positions(length, width)] + self.blocks.starts
+        self.starts += norm(width) + linear(width, characters)
+
+    def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
+        h = _embed(x, params[0]) + params[1][:, None]
+        return affine(layer_norm(self.blocks(params[2:-4], h), *params[-4:-2]), *params[-2:])
 
 
 class DataSet(NamedTuple):
@@ -273,7 +319,9 @@ def data_set(name: str) -> DataSet:
         return _flower(datasets.load_sample_image("flower.jpg"))
     if name == "text":
         names = ("breast_cancer", "california_housing", "diabetes", "digits", "iris", "wine_data")
-        return _text([datasets._base.load_descr(f"{name}.rst") for name in names])
+        return _prose([datasets._base.load_descr(f"{name}.rst") for name in names])
+    if name == "code":
+        return _text(inspect.getsource(dataclasses), " \n" + string.printable[:94], 64, 64)
     bunch = getattr(datasets, f"load_{name}")()
     x, y, train = _split(bunch.data, bunch.target)
     x = _standardised(x, train, by_feature=name != "digits")
@@ -292,13 +340,17 @@ def _flower(image: np.ndarray) -> DataSet:
     return DataSet(x.float(), _standardised(y, train, by_feature=False), train)
 
 
-def _text(texts: Sequence[str], length: int = 16) -> DataSet:
-    """English prose, lower case: the targets are the next characters. The last fifth is for testing."""
+def _prose(texts: Sequence[str]) -> DataSet:
+    """English prose, lower case."""
     text = " ".join(" ".join(texts).lower().split())
-    characters = " abcdefghijklmnopqrstuvwxyz0123456789.,:()-_"
+    return _text(text, " abcdefghijklmnopqrstuvwxyz0123456789.,:()-_", 16, 8)
+
+
+def _text(text: str, characters: str, length: int, stride: int) -> DataSet:
+    """A text, other characters than those left out: the targets are the next ones. The last fifth is for testing."""
     table = {character: index for index, character in enumerate(characters)}
     codes = torch.tensor([table[character] for character in text if character in table])
-    windows = codes.unfold(0, length + 1, length // 2)
+    windows = codes.unfold(0, length + 1, stride)
     return DataSet(windows[:, :-1].clone(), windows[:, 1:].clone(), len(windows) - round(TEST_SHARE * len(windows)))
 
 

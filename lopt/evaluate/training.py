@@ -28,7 +28,7 @@ from lopt.train.checkpoint import write_atomic
 VERSION = 1  # of all that decides a result and is in no key: raise it when networks, optimizers or measures change
 POINTS = 100  # of a stored curve
 FLOOR = 1e-4  # of a loss relative to the start: what is below counts as solved
-LOCKSTEP = 24  # trainings at once: more need memory beyond the caches
+LOCKSTEP, LOCKSTEP_PARAMETERS = 24, 500_000  # at once, of one training or more: others need memory beyond the caches
 
 
 class Run(NamedTuple):
@@ -211,8 +211,11 @@ class Cache:
         write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def lock_steps(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that can advance together: of one task, length and kind of optimizer, at most `LOCKSTEP`."""
+def lock_steps(runs: Iterable[Run], parameters: Callable[[str], int]) -> list[list[Run]]:
+    """Runs that can advance together: of one task, length and kind of optimizer, and no more than fit the caches.
+
+    parameters: of a task.
+    """
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         same: tuple[object, ...] = (run.task, run.steps, run.setting.optimizer)
@@ -221,6 +224,7 @@ def lock_steps(runs: Iterable[Run]) -> list[list[Run]]:
         groups.setdefault(same, []).append(run)
     out = []
     for group in groups.values():
-        parts = -(-len(group) // LOCKSTEP)
+        most = min(LOCKSTEP, max(1, LOCKSTEP_PARAMETERS // parameters(group[0].task)))
+        parts = -(-len(group) // most)
         out += [group[part::parts] for part in range(parts)]
     return out

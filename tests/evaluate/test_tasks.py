@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lopt.evaluate import families, problems, suites, tasks
+from lopt.evaluate import families, large, problems, suites, tasks
 from lopt.evaluate.training import _loss_and_gradient, _views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_there_are_enough_tasks_of_500_to_20000_parameters():
     assert len(tasks.TASKS) >= 12
     assert all(500 <= suites.task(name).count <= 20_000 for name in [*tasks.TASKS, *families.NETWORKS])
+    assert all(75_000 <= suites.task(name).count <= 1_200_000 for name in large.TASKS)
 
 
 # Of data, starts and shapes; on a data set whose values no release of scikit-learn or rounding of a sum changes.
@@ -39,7 +40,7 @@ def test_tasks_are_those_of_stored_results(name):
 
 
 def test_names_of_tasks_are_unique_and_families_are_made_of_them():
-    assert len(suites.TASKS) == len(tasks.TASKS) + len(families.NETWORKS) + len(problems.PROBLEMS)
+    assert len(suites.TASKS) == sum(map(len, (tasks.TASKS, large.TASKS, families.NETWORKS, problems.PROBLEMS)))
     assert set(families.NETWORKS) < set(families.TASKS) < set(suites.TASKS)
 
 
@@ -153,18 +154,23 @@ def test_batch_norm_takes_its_statistics_from_the_first_samples():
     torch.testing.assert_close(ours, theirs.permute(0, 2, 3, 1))
 
 
-def test_transformer_block_is_torchs():
-    torch.manual_seed(0)
-    network = tasks.Transformer(8, 2, 1, 3)
-    params = [torch.randn(1, *start.shape) * 0.3 for start in network.starts]
+def torchs_block(own: list[torch.Tensor]) -> torch.nn.TransformerEncoderLayer:
+    """torch.nn's block of width 8, two heads, with the parameters [1, *shape] of one of `tasks.Blocks`."""
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True).eval()
-    own = [param[0] for param in params[3:-4]]
     names = ["norm1", "self_attn.in_proj_", "self_attn.out_proj.", "norm2", "linear1", "linear2"]
     state = {}
     for name, weight, bias in zip(names, own[::2], own[1::2], strict=True):
         name = name if name[-1] in "._" else f"{name}."
-        state |= {f"{name}weight": weight, f"{name}bias": bias}
+        state |= {f"{name}weight": weight[0], f"{name}bias": bias[0]}
     layer.load_state_dict(state)
+    return layer
+
+
+def test_transformer_block_is_torchs():
+    torch.manual_seed(0)
+    network = tasks.Transformer(8, 2, 1, 3)
+    params = [torch.randn(1, *start.shape) * 0.3 for start in network.starts]
+    layer = torchs_block(params[3:-4])
     x = torch.randn(1, 2, 64)
     image = x[0].view(2, 8, 8)
     patches = F.unfold(image[:, None], 2, stride=2).transpose(1, 2)  # [2, 16, 4]
@@ -172,6 +178,18 @@ def test_transformer_block_is_torchs():
     h = F.layer_norm(h, (8,), params[-4][0], params[-3][0]).mean(1)
     with torch.no_grad():
         torch.testing.assert_close(network(params, x, 2)[0], F.linear(h, params[-2][0], params[-1][0]))
+
+
+def test_causal_transformer_blocks_are_torchs():
+    torch.manual_seed(0)
+    network = tasks.TextTransformer(7, 5, 8, 2, 2)
+    params = [torch.randn(1, *start.shape) * 0.3 for start in network.starts]
+    x = torch.randint(7, (1, 3, 5))
+    h = F.embedding(x[0], params[0][0]) + params[1][0]
+    for own in (params[2:14], params[14:26]):
+        h = torchs_block(own)(h, torch.nn.Transformer.generate_square_subsequent_mask(5), is_causal=True)
+    expected = F.linear(F.layer_norm(h, (8,), params[26][0], params[27][0]), params[28][0], params[29][0])
+    torch.testing.assert_close(network(params, x, 3)[0], expected)
 
 
 def test_grus_are_torchs():
