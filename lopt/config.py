@@ -152,11 +152,6 @@ class HRNNConfig:
         return len(self.level_sizes)
 
     @property
-    def moving_bound(self) -> bool:
-        """Whether the lower bound of the log lr depends on the step."""
-        return self.log_lr_min_steps > 0 or self.log_lr_min_distance > 0
-
-    @property
     def hidden_size(self) -> int:
         """Hidden units of the per-parameter GRU."""
         return self.level_sizes[0]

@@ -129,8 +129,6 @@ class Kernels:
         assert state.log_lr is not None and state.log_lr_mean is not None
         relative_to = reference.mean_log_lr(config, state.log_lr_mean, segments.lengths if numel is None else numel)
         lowest = reference.lowest_log_lr(config, state.step, state.distance)
-        if lowest is None:
-            lowest = state.log_lr_mean.new_full((len(segments),), config.log_lr_min)
         bias = torch.cat([meta[f"level0.{part}.bias"] for part in GATES], -1)[..., None, :]
         injected = reference.injected_bias(meta, state.tensor_hidden, state.global_hidden)
         injected = bias if injected is None else bias + injected

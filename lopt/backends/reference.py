@@ -122,14 +122,14 @@ class FlatState(NamedTuple):
     ms: Tensor  # [*B, S, n] moving averages of accum^2
     grad_decay: Tensor  # [*B, n] decay of the shortest average in the next step
     scale_decay: Tensor  # [*B, n] decay of the mean squares in the next step
+    step: Tensor  # [*B, T] steps taken
     log_lr: Tensor | None  # [*B, n] natural log of the learning rate
     log_lr_mean: Tensor | None  # [*B, T]
     tensor_hidden: Tensor | None  # [*B, T, H1]
     global_hidden: Tensor | None  # [*B, H2]
-    damping: Tensor | None = None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
-    step: Tensor | None = None  # [*B, T] steps taken; where the lower bound of the log lr depends on them
+    damping: Tensor | None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
     # [*B, T, 1 + SAMPLES] the largest distance from the start; how far some parameters are; where the bound follows it
-    distance: Tensor | None = None
+    distance: Tensor | None
 
     def detach(self) -> FlatState:
         """The same numbers, cut from the graph: what truncation between unrolls does."""
@@ -175,12 +175,12 @@ def init_flat_state(meta: Meta, config: HRNNConfig, segments: Segments, log_lr: 
         ms=zeros,
         grad_decay=zeros[..., 0, :],
         scale_decay=zeros[..., 0, :],
+        step=log_lr.new_zeros(*batch, tensors),
         log_lr=log_lr if config.dynamic_output_scale else None,
         log_lr_mean=segments.mean(log_lr) if config.dynamic_output_scale else None,
         tensor_hidden=_level_init(meta, 1, (*batch, tensors, config.tensor_size)) if config.levels >= 2 else None,
         global_hidden=_level_init(meta, 2, (*batch, config.global_size)) if config.levels >= 3 else None,
         damping=log_lr.new_tensor(UNDAMPED).expand(*batch, tensors, -1) if config.damping else None,
-        step=log_lr.new_zeros(*batch, tensors) if config.moving_bound else None,
         distance=log_lr.new_zeros(*batch, tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
@@ -267,15 +267,13 @@ def mean_log_lr(config: HRNNConfig, log_lr_mean: Tensor, numel: Tensor) -> Tenso
     return log_lr_mean
 
 
-def lowest_log_lr(config: HRNNConfig, step: Tensor | None, distance: Tensor | None) -> Tensor | None:
-    """Lower bound of the log lr of each tensor, [*B, T]; None where it is `log_lr_min` throughout.
+def lowest_log_lr(config: HRNNConfig, step: Tensor, distance: Tensor | None) -> Tensor:
+    """Lower bound of the log lr of each tensor, [*B, T].
 
     Args:
-        step: [*B, T] steps taken; None will do where the bound does not depend on them.
+        step: [*B, T] steps taken.
         distance: [*B, T, 1 + SAMPLES]; None will do where the bound does not follow it.
     """
-    if step is None:
-        return None
     lowest = torch.full_like(step, config.log_lr_min)
     if config.log_lr_min_steps:
         lowest = lowest - torch.log1p(step / config.log_lr_min_steps) / 2
@@ -394,8 +392,7 @@ def advance_flat(
     if log_lr is not None:
         log_step = log_lr + _dot(meta["log_lr.weight"], hidden) + meta["log_lr.bias"][..., None]
         # The value is clipped, the gradient passes as if it were not.
-        lowest = lowest_log_lr(config, state.step, state.distance)
-        bound = config.log_lr_min if lowest is None else segments.expand(lowest)
+        bound = segments.expand(lowest_log_lr(config, state.step, state.distance))
         log_step = log_step + (log_step.clamp(bound).clamp(max=config.log_lr_max) - log_step).detach()
         momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
         if state.damping is not None:
@@ -540,18 +537,18 @@ def step(
         moved,
         attended,
         FlatState(
-            new.hidden,
-            new.accum,
-            new.ms,
-            grad_decay,
-            scale_decay,
-            new.log_lr,
-            summary.log_lr_mean,
-            summary.tensor_hidden,
-            summary.global_hidden,
-            summary.damping,
-            None if state.step is None else state.step + 1,
-            summary.distance,
+            hidden=new.hidden,
+            accum=new.accum,
+            ms=new.ms,
+            grad_decay=grad_decay,
+            scale_decay=scale_decay,
+            step=state.step + 1,
+            log_lr=new.log_lr,
+            log_lr_mean=summary.log_lr_mean,
+            tensor_hidden=summary.tensor_hidden,
+            global_hidden=summary.global_hidden,
+            damping=summary.damping,
+            distance=summary.distance,
         ),
     )
 
@@ -652,18 +649,19 @@ def advance(
     is_compact = hidden[0].dtype == torch.int16
     if is_compact:
         old = compact.decode(old, compact.limit(meta), dtype)
-    started = segments.expand(torch.stack(list(step)) > 0)
+    steps = torch.stack(list(step))
+    started = segments.expand(steps > 0)
     grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old["hidden"]))
     state = FlatState(
         **old,
         grad_decay=grad_decay,
         scale_decay=scale_decay,
+        step=steps,
         log_lr=_flatten(log_lr, None) if log_lr else None,
         log_lr_mean=torch.stack(list(log_lr_mean)) if log_lr else None,
         tensor_hidden=torch.stack(list(tensor_hidden)) if tensor_hidden else None,
         global_hidden=global_hidden if config.levels >= 3 else None,
         damping=torch.stack(list(damping)) if damping else None,
-        step=torch.stack(list(step)) if config.moving_bound else None,
         distance=torch.stack(list(distance)) if distance else None,
     )
     new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))

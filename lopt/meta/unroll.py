@@ -236,18 +236,18 @@ class Mix:
             moved,
             attended,
             FlatState(
-                new.hidden,
-                new.accum,
-                new.ms,
-                grad_decay,
-                scale_decay,
-                new.log_lr,
-                log_lr_mean,
-                tensor_hidden,
-                global_hidden,
-                damping,
-                None if state.step is None else state.step + 1,
-                distance,
+                hidden=new.hidden,
+                accum=new.accum,
+                ms=new.ms,
+                grad_decay=grad_decay,
+                scale_decay=scale_decay,
+                step=state.step + 1,
+                log_lr=new.log_lr,
+                log_lr_mean=log_lr_mean,
+                tensor_hidden=tensor_hidden,
+                global_hidden=global_hidden,
+                damping=damping,
+                distance=distance,
             ),
         )
 
@@ -466,12 +466,12 @@ class World:
             "noise_age",
             "perturbation",
         )
-        return {name: getattr(self, name) for name in names} | {"state": tuple(self.state)}
+        return {name: getattr(self, name) for name in names} | {"state": self.state._asdict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, into a world of the same mix and rows."""
         for name, value in saved.items():
-            setattr(self, name, FlatState(*value) if name == "state" else value)
+            setattr(self, name, FlatState(**value) if name == "state" else value)
 
 
 def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
@@ -483,18 +483,18 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
 
     dynamic = config.dynamic_output_scale
     return FlatState(
-        zeros(config.hidden_size, n),
-        zeros(config.timescales, n),
-        zeros(config.timescales, n),
-        zeros(n),
-        zeros(n),
-        zeros(n) if dynamic else None,
-        zeros(tensors) if dynamic else None,
-        zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
-        zeros(len(mix), config.global_size) if config.levels >= 3 else None,
-        zeros(tensors, len(UNDAMPED)) if config.damping else None,
-        zeros(tensors) if config.moving_bound else None,
-        zeros(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
+        hidden=zeros(config.hidden_size, n),
+        accum=zeros(config.timescales, n),
+        ms=zeros(config.timescales, n),
+        grad_decay=zeros(n),
+        scale_decay=zeros(n),
+        step=zeros(tensors),
+        log_lr=zeros(n) if dynamic else None,
+        log_lr_mean=zeros(tensors) if dynamic else None,
+        tensor_hidden=zeros(tensors, config.tensor_size) if config.levels >= 2 else None,
+        global_hidden=zeros(len(mix), config.global_size) if config.levels >= 3 else None,
+        damping=zeros(tensors, len(UNDAMPED)) if config.damping else None,
+        distance=zeros(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 
 
@@ -519,6 +519,7 @@ def restart_state(
         ms=zero(state.ms),
         grad_decay=zero(state.grad_decay),
         scale_decay=zero(state.scale_decay),
+        step=torch.where(of_tensor, 0.0, state.step),
         log_lr=None if state.log_lr is None else torch.where(of_param, log_lr, state.log_lr),
         log_lr_mean=None
         if state.log_lr_mean is None
@@ -532,6 +533,5 @@ def restart_state(
         damping=None
         if state.damping is None
         else torch.where(of_tensor[:, None], state.damping.new_tensor(UNDAMPED), state.damping),
-        step=None if state.step is None else torch.where(of_tensor, 0.0, state.step),
         distance=None if state.distance is None else torch.where(of_tensor[:, None], 0.0, state.distance),
     )

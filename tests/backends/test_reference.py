@@ -68,7 +68,7 @@ def random_state(meta: MetaParams, batch: tuple[int, ...], generator: torch.Gene
         tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels >= 2 else None,
         global_hidden=2 * rand(config.global_size) - 1 if config.levels >= 3 else None,
         damping=rand(tensors, 3) if config.damping else None,
-        step=(9 * rand(tensors)).round() if config.moving_bound else None,
+        step=(9 * rand(tensors)).round(),
         distance=rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
 

@@ -88,6 +88,9 @@ def make_meta(
     return {name: (meta[name] + spread * noise[name]).to(device, dtype).requires_grad_() for name in meta}
 
 
+CONSTANT = ("step", "distance")  # nothing is differentiated by them
+
+
 def make_state(
     config: HRNNConfig, segments: Segments, dtype: torch.dtype, batch: tuple[int, ...], device: torch.device = CPU
 ) -> tuple[Tensor, FlatState]:
@@ -99,28 +102,30 @@ def make_state(
         return torch.rand(*batch, *shape, generator=generator, dtype=torch.float64)
 
     log_lr = -6 + rand(n)
-    state = (
-        2 * rand(config.hidden_size, n) - 1,
-        rand(s, n) - 0.5,
-        0.1 + rand(s, n),
-        0.3 + 0.5 * rand(n),
-        0.3 + 0.5 * rand(n),
-        log_lr,
-        Segments(segments.sizes).mean(log_lr),
-        2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
-        2 * rand(config.global_size) - 1 if config.levels > 2 else None,
-        rand(tensors, 3) if config.damping else None,
+    state = FlatState(
+        hidden=2 * rand(config.hidden_size, n) - 1,
+        accum=rand(s, n) - 0.5,
+        ms=0.1 + rand(s, n),
+        grad_decay=0.3 + 0.5 * rand(n),
+        scale_decay=0.3 + 0.5 * rand(n),
+        log_lr=log_lr,
+        log_lr_mean=Segments(segments.sizes).mean(log_lr),
+        tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
+        global_hidden=2 * rand(config.global_size) - 1 if config.levels > 2 else None,
+        damping=rand(tensors, 3) if config.damping else None,
+        step=(9 * rand(tensors)).round(),
+        distance=0.2 * rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
-    step = (9 * rand(tensors)).round().to(device, dtype) if config.moving_bound else None
-    distance = 0.2 * rand(tensors, 1 + SAMPLES).to(device, dtype) if config.log_lr_min_distance else None
-    return (rand(n) - 0.5).to(device, dtype), FlatState(
-        *(None if value is None else value.to(device, dtype).requires_grad_() for value in state), step, distance
-    )
+    given = {
+        name: value.to(device, dtype).requires_grad_(name not in CONSTANT)
+        for name, value in state._asdict().items()
+        if value is not None
+    }
+    return (rand(n) - 0.5).to(device, dtype), state._replace(**given)
 
 
 def leaves(meta: dict[str, Tensor], state: FlatState) -> dict[str, Tensor]:
-    own = zip(FlatState._fields, state, strict=True)
-    return meta | {name: value for name, value in own if value is not None and name not in ("step", "distance")}
+    return meta | {name: value for name, value in state._asdict().items() if value is not None and value.requires_grad}
 
 
 def derivatives(advance, meta, config, segments, grad, state) -> dict[str, Tensor]:
@@ -211,17 +216,18 @@ def unroll(
         loss = loss + theta.square().mean()
         decays = flat.read_decays(meta, config, new.hidden)
         state = FlatState(
-            new.hidden,
-            new.accum,
-            new.ms,
-            *decays,
-            new.log_lr,
-            summary.log_lr_mean,
-            summary.tensor_hidden,
-            summary.global_hidden,
-            summary.damping,
-            None if state.step is None else state.step + 1,
-            summary.distance,
+            hidden=new.hidden,
+            accum=new.accum,
+            ms=new.ms,
+            grad_decay=decays[0],
+            scale_decay=decays[1],
+            step=state.step + 1,
+            log_lr=new.log_lr,
+            log_lr_mean=summary.log_lr_mean,
+            tensor_hidden=summary.tensor_hidden,
+            global_hidden=summary.global_hidden,
+            damping=summary.damping,
+            distance=summary.distance,
         )
     by = meta | {"log_lr": log_lr}
     slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)

@@ -49,18 +49,18 @@ def test_tasks_side_by_side_advance_as_each_would_alone(name):
     n, tensors = mix.segments.total, len(mix.segments)
     log_lr = -7 + rand(n)
     state = FlatState(
-        2 * rand(config.hidden_size, n) - 1,
-        rand(config.timescales, n) - 0.5,
-        0.1 + rand(config.timescales, n),
-        0.3 + 0.5 * rand(n),
-        0.3 + 0.5 * rand(n),
-        log_lr if config.dynamic_output_scale else None,
-        mix.segments.mean(log_lr) if config.dynamic_output_scale else None,
-        2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
-        2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None,
-        rand(tensors, 3) if config.damping else None,
-        (9 * rand(tensors)).round() if config.moving_bound else None,
-        rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
+        hidden=2 * rand(config.hidden_size, n) - 1,
+        accum=rand(config.timescales, n) - 0.5,
+        ms=0.1 + rand(config.timescales, n),
+        grad_decay=0.3 + 0.5 * rand(n),
+        scale_decay=0.3 + 0.5 * rand(n),
+        log_lr=log_lr if config.dynamic_output_scale else None,
+        log_lr_mean=mix.segments.mean(log_lr) if config.dynamic_output_scale else None,
+        tensor_hidden=2 * rand(tensors, config.tensor_size) - 1 if config.levels > 1 else None,
+        global_hidden=2 * rand(len(tasks), config.global_size) - 1 if config.levels > 2 else None,
+        damping=rand(tensors, 3) if config.damping else None,
+        step=(9 * rand(tensors)).round(),
+        distance=rand(tensors, 1 + SAMPLES) if config.log_lr_min_distance else None,
     )
     theta, grad = rand(n), rand(n) - 0.5
     moved, attended, new = mix.step(meta, mix.advance_meta(meta), theta, grad, state)
