@@ -38,7 +38,7 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
-INIT_LR, BASE_FAN_IN = 3e-3, 20  # defaults; above this fan-in their product is what counts
+INIT_LR, BASE_FAN_IN = 3e-3, 40  # defaults; above this fan-in their product is what counts
 LIKELY_A_LEARNING_RATE = 0.05
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
 
@@ -116,7 +116,7 @@ class HRNN(Optimizer):
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
-            the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.15 of a tensor's
+            the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.2 of a tensor's
             largest distance from its start over sqrt(1 + step).
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a

@@ -196,7 +196,7 @@ def test_each_group_has_its_own_options(place):
 
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
 def test_steps_of_wide_tensors_are_shorter_by_their_fan_in(place, kind):
-    shapes, shares = ((3, 20), (2, 200), (2, 10, 2, 2), (200,), (), (3, 40)), (1, 0.1, 0.5, 1, 1, 0.5)
+    shapes, shares = ((3, 40), (2, 400), (2, 20, 2, 2), (200,), (), (3, 80)), (1, 0.1, 0.5, 1, 1, 0.5)
     narrow, wide, plain = place.params(*shapes), place.params(*shapes), place.params(*shapes)
     rates = [2.0 * share for share in shares]
     optimizers = (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lopt.evaluate import families, large, problems, tasks
+from lopt.evaluate import families, large, problems, tasks, validation
 from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import baseline
 from lopt.evaluate.tasks import Task
@@ -119,6 +119,14 @@ SUITES = {
             ),
         ),
     ),
+    "validation": Suite(
+        "Networks small and large on patches of a photograph and on Python's source: what meta-parameters and defaults "
+        "are chosen by, so that the other suites need not be.",
+        (
+            *(Part(tuple(validation.SMALL), steps, ("adam",)) for steps in (500, 2_000, 5_000)),
+            Part(tuple(validation.LARGE), 500, ("adam",), "Large"),
+        ),
+    ),
     "long": Suite(
         "A part of the suite digits for 10 and 40 times as long.",
         tuple(
@@ -148,7 +156,13 @@ def quick(suite: Suite) -> Suite:
     return dataclasses.replace(suite, parts=tuple(dict.fromkeys(map(short, suite.parts))), ablations=ablations)
 
 
-TASKS: dict[str, Callable[[], Task]] = {**tasks.TASKS, **large.TASKS, **families.NETWORKS, **problems.PROBLEMS}
+TASKS: dict[str, Callable[[], Task]] = {
+    **tasks.TASKS,
+    **large.TASKS,
+    **validation.TASKS,
+    **families.NETWORKS,
+    **problems.PROBLEMS,
+}
 
 
 @functools.cache

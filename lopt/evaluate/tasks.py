@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import math
 import string
+import typing
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from lopt.meta.tasks import networks, paper
 Params = Sequence[Tensor]  # one [count, *shape] per parameter tensor
 Activation = Callable[[Tensor], Tensor]
 
+SOURCES = {"code": dataclasses, "typing": typing}
 TEST_SHARE = 0.2
 NORM_EPS = 1e-5
 
@@ -320,8 +322,10 @@ def data_set(name: str) -> DataSet:
     if name == "text":
         names = ("breast_cancer", "california_housing", "diabetes", "digits", "iris", "wine_data")
         return _prose([datasets._base.load_descr(f"{name}.rst") for name in names])
-    if name == "code":
-        return _text(inspect.getsource(dataclasses), " \n" + string.printable[:94], 64, 64)
+    if name in SOURCES:
+        return _text(inspect.getsource(SOURCES[name])[:60_000], " \n" + string.printable[:94], 64, 64)
+    if name == "patches":
+        return _patches(datasets.load_sample_image("china.jpg"))
     bunch = getattr(datasets, f"load_{name}")()
     x, y, train = _split(bunch.data, bunch.target)
     x = _standardised(x, train, by_feature=name != "digits")
@@ -338,6 +342,21 @@ def _flower(image: np.ndarray) -> DataSet:
     phase = np.stack([rows.ravel(), columns.ravel()], -1) @ waves
     x, y, train = _split(np.concatenate([np.sin(phase), np.cos(phase)], -1), small.numpy())
     return DataSet(x.float(), _standardised(y, train, by_feature=False), train)
+
+
+def _patches(image: np.ndarray, count: int = 1797, classes: int = 10) -> DataSet:
+    """8 x 8 patches of a photograph in grey that are not all of one brightness; their classes are clusters of them."""
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+
+    grey = F.avg_pool2d(torch.from_numpy(image.copy()).double().mean(-1)[None], 2)[0].numpy()
+    rng, sizes = np.random.default_rng(0), np.array(grey.shape) - 8
+    rows, columns = (rng.integers(0, size, 4000) for size in sizes)
+    x = np.stack([grey[row : row + 8, column : column + 8].ravel() for row, column in zip(rows, columns, strict=True)])
+    x = x[x.std(1) > 8][:count]
+    x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    y = torch.from_numpy(KMeans(classes, random_state=0, n_init=3).fit_predict(x)).long()
+    train = len(x) - round(TEST_SHARE * len(x))
+    return DataSet(_standardised(torch.from_numpy(x), train, by_feature=False), y, train)
 
 
 def _prose(texts: Sequence[str]) -> DataSet:

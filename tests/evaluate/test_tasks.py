@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lopt.evaluate import families, large, problems, suites, tasks
+from lopt.evaluate import families, large, problems, suites, tasks, validation
 from lopt.evaluate.training import _loss_and_gradient, _views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_there_are_enough_tasks_of_500_to_20000_parameters():
     assert len(tasks.TASKS) >= 12
     assert all(500 <= suites.task(name).count <= 20_000 for name in [*tasks.TASKS, *families.NETWORKS])
-    assert all(75_000 <= suites.task(name).count <= 1_200_000 for name in large.TASKS)
+    assert all(75_000 <= suites.task(name).count <= 1_200_000 for name in (*large.TASKS, *validation.LARGE))
 
 
 # Of data, starts and shapes; on a data set whose values no release of scikit-learn or rounding of a sum changes.
@@ -40,7 +40,8 @@ def test_tasks_are_those_of_stored_results(name):
 
 
 def test_names_of_tasks_are_unique_and_families_are_made_of_them():
-    assert len(suites.TASKS) == sum(map(len, (tasks.TASKS, large.TASKS, families.NETWORKS, problems.PROBLEMS)))
+    parts = (tasks.TASKS, large.TASKS, validation.TASKS, families.NETWORKS, problems.PROBLEMS)
+    assert len(suites.TASKS) == sum(map(len, parts))
     assert set(families.NETWORKS) < set(families.TASKS) < set(suites.TASKS)
 
 
@@ -71,6 +72,16 @@ def test_order_visits_every_training_sample_once_per_epoch_and_no_test_sample():
     assert not torch.equal(first, second)
     assert task.order(0, 1000).max() < task.train
     assert torch.equal(task.order(3, 40)[:7], task.order(3, 7))
+
+
+def test_validation_shares_no_data_with_other_suites_and_its_classes_can_be_told_apart():
+    others = {suites.task(name).x.numpy().tobytes() for name in (*tasks.TASKS, *large.TASKS, *families.NETWORKS)}
+    assert all(suites.task(name).x.numpy().tobytes() not in others for name in validation.TASKS)
+    data = tasks.data_set("patches")
+    assert data.x.shape == (1797, 64) and data.y.unique().tolist() == list(range(10))
+    centres = torch.stack([data.x[data.y == label].mean(0) for label in range(10)])
+    nearest = torch.cdist(data.x, centres).argmin(1)
+    assert (nearest == data.y).double().mean() > 0.99
 
 
 def test_wrong_labels_are_a_fifth_of_the_training_labels_and_no_test_label():
