@@ -255,6 +255,7 @@ class MetaTraining:
         own = {mix: world.state_dict() for mix, world in self.worlds.items()}
         worlds, *others = self.group.to_first(own) or [own]
         return {name: getattr(self, name) for name in CHANGING} | {
+            "recipe": self.recipe.text,
             "generator": self.generator.get_state(),
             "worlds": worlds,
             "worlds_of_others": others,
@@ -265,8 +266,13 @@ class MetaTraining:
         """The inverse of `state_dict`, into a run of the same recipe, tasks, device and number of processes.
 
         Raises:
-            TrainError: the number of processes is another one.
+            TrainError: the recipe or the number of processes is another one.
         """
+        if saved.get("recipe") != self.recipe.text:
+            raise TrainError(
+                "the checkpoint is of another version of this recipe: resume with the version of lopt that began it, "
+                "or go on from its meta-parameters with --start FOLDER/meta.safetensors"
+            )
         generator, parts = saved["generator"], [saved["worlds"], *saved.get("worlds_of_others", [])]
         if len(parts) != self.group.size:
             raise TrainError(

@@ -113,6 +113,12 @@ class Recipe:
     minutes: float
     validate_every: int = 200
 
+    @property
+    def text(self) -> str:
+        """Architecture and stages, names of their mixes included: what a resumed run has to agree with."""
+        stages = [{**vars(stage), "mixes": getattr(stage.mixes, "__qualname__", "")} for stage in self.stages]
+        return f"{self.config.to_json()} {stages}"
+
     def scaled(self, minutes: float | None) -> Recipe:
         """The same with every stage's meta-steps scaled to another duration."""
         if minutes is None:

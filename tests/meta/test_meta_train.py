@@ -18,6 +18,7 @@ from lopt.meta.meta_train import COLUMNS, MetaTraining, TFRMSProp
 from lopt.meta.recipe import Recipe, Stage
 from lopt.meta.tasks import Task, networks, paper
 from lopt.meta.unroll import Augment, Draw, Objective
+from lopt.train import TrainError
 from lopt.train.stop import StopRequest
 
 CONFIG = HRNNConfig(level_sizes=(3, 3, 3), timescales=2, ms_eps=1e-24, rms_eps=1e-30)
@@ -66,6 +67,22 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     # All but the time taken.
     assert [row[:5] + row[7:] for row in whole.rows] == [row[:5] + row[7:] for row in resumed.rows]
     assert not torch.equal(whole.flat, MetaTraining(tiny(), 1).flat)
+
+
+def test_a_run_is_not_resumed_by_another_recipe(tmp_path):
+    begun = MetaTraining(tiny(), 0)
+    begun.meta_step()
+    begun.save(tmp_path)
+    changed = (
+        dataclasses.replace(tiny(), config=dataclasses.replace(CONFIG, damping=0.5)),
+        dataclasses.replace(tiny(), stages=(dataclasses.replace(tiny().stages[0], lr=2e-3), *tiny().stages[1:])),
+    )
+    for recipe in changed:
+        other = MetaTraining(recipe, 0)
+        before = other.flat.clone()
+        with pytest.raises(TrainError, match="another version of this recipe: .* --start"):
+            other.load_state_dict(recipes_checkpoint(tmp_path))
+        assert torch.equal(other.flat, before)
 
 
 def test_a_stage_ends_with_the_average_over_its_second_half():
