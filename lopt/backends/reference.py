@@ -135,6 +135,23 @@ class FlatState(NamedTuple):
         """The same numbers, cut from the graph: what truncation between unrolls does."""
         return FlatState(*(value if value is None else value.detach() for value in self))  # type: ignore[arg-type]
 
+    def after(self, new: Advanced, decays: tuple[Tensor, Tensor], summary: Summary) -> FlatState:
+        """The state after one more step; `decays` are those read out of the new hidden state."""
+        return FlatState(
+            hidden=new.hidden,
+            accum=new.accum,
+            ms=new.ms,
+            grad_decay=decays[0],
+            scale_decay=decays[1],
+            step=self.step + 1,
+            log_lr=new.log_lr,
+            log_lr_mean=summary.log_lr_mean,
+            tensor_hidden=summary.tensor_hidden,
+            global_hidden=summary.global_hidden,
+            damping=summary.damping,
+            distance=summary.distance,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
@@ -532,25 +549,7 @@ def step(
     factor = segments.expand(summary.scale.mT)
     moved = param - factor[..., 0, :] * new.update
     attended = moved if new.attention_update is None else param - factor[..., 1, :] * new.attention_update
-    grad_decay, scale_decay = read_decays(meta, config, new.hidden)
-    return (
-        moved,
-        attended,
-        FlatState(
-            hidden=new.hidden,
-            accum=new.accum,
-            ms=new.ms,
-            grad_decay=grad_decay,
-            scale_decay=scale_decay,
-            step=state.step + 1,
-            log_lr=new.log_lr,
-            log_lr_mean=summary.log_lr_mean,
-            tensor_hidden=summary.tensor_hidden,
-            global_hidden=summary.global_hidden,
-            damping=summary.damping,
-            distance=summary.distance,
-        ),
-    )
+    return moved, attended, state.after(new, read_decays(meta, config, new.hidden), summary)
 
 
 def unusable() -> str | None:

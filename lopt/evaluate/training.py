@@ -28,7 +28,8 @@ from lopt.train.checkpoint import write_atomic
 VERSION = 1  # of all that decides a result and is in no key: raise it when networks, optimizers or measures change
 POINTS = 100  # of a stored curve
 FLOOR = 1e-4  # of a loss relative to the start: what is below counts as solved
-LOCKSTEP, LOCKSTEP_PARAMETERS = 24, 500_000  # at once, of one training or more: others need memory beyond the caches
+LOCKSTEP = 24  # trainings at once: more need memory beyond the caches
+LOCKSTEP_PARAMETERS = 500_000  # of all of them, likewise
 
 
 class Run(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
-from lopt.backends.reference import Advanced, FlatState, Segments, affine, damp, gru, sums_columns, travel
+from lopt.backends.reference import Advanced, FlatState, Segments, Summary, affine, damp, gru, sums_columns, travel
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.hrnn import BASE_FAN_IN
 from lopt.meta.tasks.base import Data, Random, Task
@@ -220,36 +220,17 @@ class Mix:
         if damping is not None:
             assert columns.grad is not None
             damping = damp(config, damping, means[..., columns.grad])
-        scale = self._scale(means[..., columns.direction], damping)
-        moved = theta - self.segments.expand(scale) * new.update
-        attended = moved
+        of_squares = (columns.direction, columns.attention)
+        scales = [self._scale(means[..., column], damping) for column in of_squares if column is not None]
+        moved = attended = theta - self.segments.expand(scales[0]) * new.update
         if new.attention_update is not None:
-            assert columns.attention is not None
-            attention_scale = self._scale(means[..., columns.attention], damping)
-            attended = theta - self.segments.expand(attention_scale) * new.attention_update
+            attended = theta - self.segments.expand(scales[1]) * new.attention_update
         distance = state.distance
         if distance is not None:
-            distance = travel(distance, scale[..., None] * self.segments.sample(new.update))
-        grad_decay, scale_decay = read_decays(meta, config, new.hidden)
+            distance = travel(distance, scales[0][..., None] * self.segments.sample(new.update))
         log_lr_mean = means[..., columns.log_lr] if config.dynamic_output_scale else None
-        return (
-            moved,
-            attended,
-            FlatState(
-                hidden=new.hidden,
-                accum=new.accum,
-                ms=new.ms,
-                grad_decay=grad_decay,
-                scale_decay=scale_decay,
-                step=state.step + 1,
-                log_lr=new.log_lr,
-                log_lr_mean=log_lr_mean,
-                tensor_hidden=tensor_hidden,
-                global_hidden=global_hidden,
-                damping=damping,
-                distance=distance,
-            ),
-        )
+        summary = Summary(tensor_hidden, global_hidden, log_lr_mean, damping, distance, torch.stack(scales, -1))
+        return moved, attended, state.after(new, read_decays(meta, config, new.hidden), summary)
 
     def _scale(self, square: Tensor, damping: Tensor | None) -> Tensor:
         """[R, T] mean square of the direction, [R, T, 3] -> [R, T], what an update is multiplied with."""

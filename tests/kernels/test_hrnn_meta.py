@@ -214,21 +214,7 @@ def unroll(
         summary = reference.summarise_flat(meta, config, new.sums, segments.lengths, *higher, sample)
         theta = theta - segments.expand(summary.scale[..., 0]) * new.update
         loss = loss + theta.square().mean()
-        decays = flat.read_decays(meta, config, new.hidden)
-        state = FlatState(
-            hidden=new.hidden,
-            accum=new.accum,
-            ms=new.ms,
-            grad_decay=decays[0],
-            scale_decay=decays[1],
-            step=state.step + 1,
-            log_lr=new.log_lr,
-            log_lr_mean=summary.log_lr_mean,
-            tensor_hidden=summary.tensor_hidden,
-            global_hidden=summary.global_hidden,
-            damping=summary.damping,
-            distance=summary.distance,
-        )
+        state = state.after(new, flat.read_decays(meta, config, new.hidden), summary)
     by = meta | {"log_lr": log_lr}
     slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)
     return {name: slope for name, slope in zip(by, slopes, strict=True) if slope is not None}
