@@ -52,7 +52,7 @@ ISAS = {
 }
 ISAS_ELSEWHERE: dict[str, list[str]] = {"generic": []}
 
-CUDA_ARCHS = ("80", "90", "100", "120")  # Ampere, Hopper, Blackwell of both kinds; later ones take PTX
+CUDA_ARCHS = ("80", "90", "100", "120")  # Ampere, Hopper, Blackwell of both kinds; all others take the first one's PTX
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -113,13 +113,21 @@ def default_archs(nvcc: list[str]) -> str:
     return ",".join(arch for arch in CUDA_ARCHS if f"sm_{arch}" in known) or "all-major"
 
 
+def native_archs() -> str:
+    """Those of this machine's GPUs, as for LOPT_CUDA_ARCHS; "native" where nvidia-smi does not tell."""
+    works, told = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    found = sorted({line.strip().replace(".", "") for line in told.splitlines()}, key=len)
+    return ",".join(found) if works and found and all(map(str.isdigit, found)) else "native"
+
+
 def cuda_archs(archs: str) -> list[str]:
-    """Translate LOPT_CUDA_ARCHS to nvcc's flags: machine code for each number, and PTX of the last for later GPUs."""
+    """Translate LOPT_CUDA_ARCHS to nvcc's flags: machine code for each number, and PTX of the lowest for other GPUs."""
     numbers = [arch.strip() for arch in re.split("[,;]", archs)]
     if not numbers[0].rstrip("af").isdigit():
         return [f"-arch={archs}"]
+    lowest = min(int(number.rstrip("af")) for number in numbers)
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
 
 
 def escaped(text: str | Path) -> str:
@@ -167,6 +175,7 @@ class Ninja(build_ext):
         """Returns the text of build.ninja: an object per ONCE and CUDA file, and per PER_ISA file and ISA."""
         isas = ISAS.get(run([*cxx, "-dumpmachine"])[1].split("-")[0], ISAS_ELSEWHERE)
         archs = os.environ.get("LOPT_CUDA_ARCHS") or default_archs(nvcc)
+        archs = native_archs() if archs == "native" else archs
         defines = [
             f'-DLOPT_VERSION="{self.distribution.get_version()}"',
             f"-DLOPT_FOR_EACH_ISA(X)={' '.join(f'X({isa})' for isa in isas)}",

@@ -40,6 +40,7 @@ from lopt.state import (
 NONFINITE = ("skip", "raise")
 INIT_LR, BASE_FAN_IN = 3e-3, 40  # defaults; above this fan-in their product is what counts
 LIKELY_A_LEARNING_RATE = 0.05
+PLANS = 2  # of a device: parameters may take turns in having gradients
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
 
 OPTIONS = {
@@ -82,6 +83,10 @@ class _Plan(NamedTuple):
     attention_update: Tensor | None  # [n]
     sums: Tensor  # [T, K]
     scale: Tensor  # [T, 1], with attention [T, 2]
+
+    def fits(self, sizes: list[int], orders: list[tuple[Any, ...]]) -> bool:
+        """Whether it is for such tensors."""
+        return self.sizes == sizes and self.orders == orders
 
 
 class Memory(NamedTuple):
@@ -193,6 +198,7 @@ class HRNN(Optimizer):
         self.state_format = state_format
         self.backend = backend
         self._skipped = _no_steps()
+        self._captured: dict[int, _Plan] = {}
         self._prepare()
         super().__init__(params, options)
         factors = [group["lr"] for group in self.param_groups if not isinstance(group["lr"], Tensor)]
@@ -209,7 +215,7 @@ class HRNN(Optimizer):
         self._columns = ("param", *names)  # what `_init_group` lists of each tensor beside its gradient
         self._read_state = operator.itemgetter(*names)
         self._listed: _Listed | None = None
-        self._plans: dict[torch.device, _Plan] = {}
+        self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
 
     @staticmethod
@@ -281,6 +287,7 @@ class HRNN(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_skipped", _no_steps())
+        self.__dict__.setdefault("_captured", {})
         self.__dict__.setdefault("_given", (self.meta, False))
         self._prepare()
         for options in (self.defaults, *self.param_groups):
@@ -590,9 +597,7 @@ class HRNN(Optimizer):
     ) -> Tensor:
         """The three stages, for all tensors of one device at once; returns [], 1 if nothing was changed, else 0."""
         numel = sizes if shards is None else shards.numel
-        plan = self._plans.get(device)
-        if plan is None or plan.sizes != sizes or plan.orders != orders:
-            plan = self._plans[device] = self._make_plan(device, sizes, orders, shards)
+        plan = self._plan(device, sizes, orders, shards)
         backend, meta, skip, step = plan.backend, plan.meta, plan.skip, columns["step"]
         if found_inf is None:
             skip.zero_()
@@ -656,6 +661,22 @@ class HRNN(Optimizer):
             skip=skip,
         )
         return skip
+
+    def _plan(
+        self, device: torch.device, sizes: list[int], orders: list[tuple[Any, ...]], shards: Shards | None
+    ) -> _Plan:
+        """The plan of a step over such tensors, one of the device's last `PLANS` or a new one.
+
+        Captured graphs write into the memory of theirs, which is therefore kept.
+        """
+        plans = self._plans.setdefault(device, [])
+        if not (plans and plans[0].fits(sizes, orders)):
+            kept = next((index for index, plan in enumerate(plans) if plan.fits(sizes, orders)), None)
+            plans.insert(0, self._make_plan(device, sizes, orders, shards) if kept is None else plans.pop(kept))
+            del plans[PLANS:]
+        if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self._captured[id(plans[0])] = plans[0]
+        return plans[0]
 
     def _make_plan(
         self, device: torch.device, sizes: list[int], orders: list[tuple[Any, ...]], shards: Shards | None

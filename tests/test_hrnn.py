@@ -434,7 +434,7 @@ def test_fused_false_takes_the_reference_and_none_the_fastest(place):
         (param,) = place.params((3,))
         optimizer = HRNN([param], meta=PAPER, fused=fused)
         optimizer.step()
-        assert optimizer._plans[param.device].backend.__name__.endswith(expected)
+        assert optimizer._plans[param.device][0].backend.__name__.endswith(expected)
 
 
 def test_fused_true_never_falls_back_to_the_reference():
@@ -654,6 +654,23 @@ def test_a_parameter_may_take_part_in_some_steps_only(place):
         params[step % 2].grad = None
         optimizer.step()
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 6, 6]
+
+
+def test_parameters_that_take_turns_do_not_set_up_every_step_anew(place, monkeypatch):
+    params = place.params()
+    optimizer = place.hrnn(params)
+    make, made = HRNN._make_plan, []
+    monkeypatch.setattr(HRNN, "_make_plan", lambda *args: made.append(args) or make(*args))
+    for step in range(8):
+        give_gradients(params, step)
+        params[step % 2].grad = None
+        optimizer.step()
+    assert len(made) == 2
+    for param in params:  # more sets than are kept
+        give_gradients(params, 0)
+        param.grad = None
+        optimizer.step()
+    assert len(optimizer._plans[params[0].device]) == 2
 
 
 def test_a_step_reads_the_tensors_that_are_there_now(place):

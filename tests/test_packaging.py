@@ -104,9 +104,10 @@ def test_kernels_are_compiled_once_per_instruction_set_and_the_rest_once(recipe,
             [
                 "-gencode=arch=compute_80,code=sm_80",
                 "-gencode=arch=compute_90a,code=sm_90a",
-                "-gencode=arch=compute_90a,code=compute_90a",
+                "-gencode=arch=compute_80,code=compute_80",
             ],
         ),
+        ("90a", ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]),
     ],
 )
 def test_cuda_architectures_translate_to_flags(recipe, archs, flags):
@@ -118,6 +119,14 @@ def test_cuda_is_compiled_for_the_architectures_that_nvcc_knows(recipe, monkeypa
     monkeypatch.setitem(names, "run", lambda command: (True, "sm_75 sm_80 sm_86 sm_90"))
     assert recipe["default_archs"](["nvcc"]) == "80,90"
     assert recipe["default_archs"]([]) == "all-major"
+
+
+@pytest.mark.parametrize(
+    ("told", "archs"), [("9.0\n9.0\n", "90"), ("12.0\n8.9\n", "89,120"), ("[N/A]\n", "native"), ("", "native")]
+)
+def test_native_architectures_are_those_of_the_gpus_here(recipe, monkeypatch, told, archs):
+    monkeypatch.setitem(recipe["native_archs"].__globals__, "run", lambda command: (True, told))
+    assert recipe["native_archs"]() == archs
 
 
 def test_metadata_has_one_version_and_bounds_torch():

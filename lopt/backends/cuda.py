@@ -10,6 +10,7 @@ Kernels: csrc/hrnn_gpu.h, csrc/hrnn_step.h. Tests: tests/kernels/test_hrnn.py.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,13 +37,20 @@ def unusable() -> str | None:
         return f"its kernels were left out at install: {why}. Reinstall lopt with nvcc on PATH"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU"
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < OLDEST:
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        return (
-            f"its kernels are for Nvidia GPUs of compute capability 8.0 or later, and this is "
-            f"{torch.cuda.get_device_name()} ({found})"
+    capability, least = torch.cuda.get_device_capability(), least_capability(native.load().compiled()["cuda"])
+    if torch.version.hip is not None or capability < least:
+        reason = (
+            f"its kernels are for Nvidia GPUs of compute capability {least[0]}.{least[1]} or later, and this is "
+            f"{torch.cuda.get_device_name()} ({capability[0]}.{capability[1]})"
         )
+        return reason if capability < OLDEST else f"{reason}. Reinstall lopt without LOPT_CUDA_ARCHS"
     return None
+
+
+def least_capability(archs: str) -> tuple[int, int]:
+    """Of the GPUs that kernels run on which setup.py compiled for `archs`."""
+    numbers = [int(number) for number in re.findall(r"\d+", archs)]
+    return max(OLDEST, divmod(min(numbers), 10)) if numbers else OLDEST
 
 
 def unsupported(config: HRNNConfig) -> str | None:

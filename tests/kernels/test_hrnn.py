@@ -463,6 +463,14 @@ def test_cuda_kernels_that_were_left_out_say_why_and_the_cure():
     assert "Reinstall lopt with" in (cuda.unusable() or "")
 
 
+@pytest.mark.parametrize(
+    ("archs", "least"),
+    [("80,90,100,120", (8, 0)), ("90", (9, 0)), ("120;89", (8, 9)), ("100a", (10, 0)), ("75", (8, 0)), ("all", (8, 0))],
+)
+def test_cuda_kernels_run_from_the_least_capability_on_that_they_were_compiled_for(archs, least):
+    assert cuda.least_capability(archs) == least
+
+
 def test_neither_interpretation_nor_emulation_is_chosen_unasked():
     assert backends.choose(CPU, HRNNConfig()).__name__ not in (triton.__name__, cuda.__name__)
     for name in ("cuda",) if INTERPRETED else ("cuda", "triton"):
@@ -641,8 +649,8 @@ def test_a_step_does_not_synchronise_even_with_gradients_at_other_addresses(targ
     model, optimizer, batch = make_model(target, dtype)
     for _ in range(2):
         train_step(model, optimizer, batch)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             elsewhere = [param.grad for param in model.parameters()]
             train_step(model, optimizer, batch)
@@ -736,6 +744,35 @@ def test_replays_of_a_cuda_graph_equal_ordinary_steps(target, set_to_none):
             train_step(model, optimizer, batch, True)
             train_step(model, optimizer, batch, set_to_none)
         torch.cuda.synchronize()
+        runs.append(state_of(optimizer))
+    for left, right in zip(*runs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@gpu_test
+def test_ordinary_steps_over_other_parameters_leave_a_cuda_graph_its_memory(target):
+    runs = []
+    for captured in (True, False):
+        model, optimizer, batch = make_model(target)
+        for _ in range(3):
+            train_step(model, optimizer, batch, set_to_none=False)
+        static = [param.grad for param in model.parameters()]
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        filling = []
+        for without in range(4):
+            for place, (param, grad) in enumerate(zip(model.parameters(), static, strict=True)):
+                param.grad = None if place == without else grad
+            optimizer.step()
+            # Memory of what was freed would be given to these, and a replay would write into them.
+            filling += [torch.zeros(n, device=target.device) for n in (1, 5, 200, 20_000)]
+        for param, grad in zip(model.parameters(), static, strict=True):
+            param.grad = grad
+        graph.replay() if captured else optimizer.step()
+        torch.cuda.synchronize()
+        assert all(not values.any() for values in filling)
         runs.append(state_of(optimizer))
     for left, right in zip(*runs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)

@@ -357,8 +357,8 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
     batches = data.train_batches(training.feed, 0, 8)
     for _ in range(3):
         training.take_step(batches)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             training.take_step(batches)
     finally:

@@ -1,6 +1,6 @@
 """Small networks on data drawn by random teachers: what meta-training learns the most from.
 
-Every copy has a data set, a teacher and a start of its own. Sizes are such that a task has 50 to 700 parameters.
+Every copy has a data set, a teacher and a start of its own.
 """
 
 from __future__ import annotations
@@ -520,3 +520,127 @@ class Language(Tokens):
     def output(self, params: Params, x: Tensor) -> Tensor:
         states = gru(self.embed(params[0], x), params[1:5])
         return affine(torch.stack(states, 2), *params[5:])
+
+
+BLOCK = 12  # parameter tensors of a transformer block
+
+
+def shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x times scale plus shift: [count, .., c], [count, c], [count, c]."""
+    shape = (len(x), *[1] * (x.dim() - 2), -1)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+def token_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer normalisation of rows of any length: [count, .., c], [count, c], [count, c]."""
+    return shifted(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale, shift)
+
+
+def transformer(h: Tensor, params: Params, heads: int, *, causal: bool = False) -> Tensor:
+    """Pre-norm blocks of attention and of two layers with a GELU between them: [count, m, tokens, width] -> the same.
+
+    params: `BLOCK` tensors a block: scale, shift; weight and bias of queries, keys and values, and of what is seen;
+    scale, shift; weight and bias of either layer.
+    causal: whether a token sees none behind it.
+    """
+    for begin in range(0, len(params), BLOCK):
+        own = params[begin : begin + BLOCK]
+        read = affine(token_norm(h, *own[:2]), *own[2:4]).unflatten(-1, (3, heads, -1))
+        query, key, value = read.movedim(-3, 0).transpose(-3, -2)  # [count, m, heads, tokens, width / heads] each
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        if causal:
+            scores = scores + torch.full(scores.shape[-2:], -math.inf, device=h.device).triu(1)
+        seen = torch.softmax(scores, -1) @ value
+        h = h + affine(seen.transpose(-3, -2).flatten(-2), *own[4:6])
+        h = h + affine(F.gelu(affine(token_norm(h, *own[6:8]), *own[8:10])), *own[10:12])
+    return h
+
+
+def _blocks(width: int, count: int) -> list[tuple[int, ...]]:
+    """Shapes of a transformer's parameters, those of the normalisation behind its blocks included."""
+    d = width
+    norm: list[tuple[int, ...]] = [(d,), (d,)]
+    return [*norm, (d, 3 * d), (3 * d,), (d, d), (d,), *norm, (d, 2 * d), (2 * d,), (2 * d, d), (d,)] * count + norm
+
+
+def _start_blocks(positions: Tensor, blocks: list[Tensor]) -> None:
+    """Of tensors as `Network.start` makes them: embeddings of positions are small, scales of normalisations 1."""
+    positions *= 0.1
+    for scale in blocks[0::BLOCK] + blocks[6::BLOCK]:
+        scale.fill_(1.0)
+
+
+class Transformer(Network):
+    """Reads a sample in parts, each a token; mean over the tokens, linear classifier.
+
+    Args:
+        length: parts of a sample. part: entries of each.
+        width, heads, blocks: of the transformer.
+        **options: of `Network`.
+    """
+
+    def __init__(
+        self,
+        length: int = 6,
+        part: int = 4,
+        width: int = 8,
+        heads: int = 2,
+        blocks: int = 2,
+        *,
+        outputs: int = 4,
+        samples: int = 192,
+        batch: int = 32,
+        noise: float = 0.0,
+        modes: int = 0,
+    ) -> None:
+        self.length, self.part, self.width, self.heads, self.blocks = length, part, width, heads, blocks
+        super().__init__(length * part, outputs, samples=samples, batch=batch, noise=noise, modes=modes)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        d = self.width
+        return [(self.part, d), (d,), (self.length, d), *_blocks(d, self.blocks), (d, self.outputs), (self.outputs,)]
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        tensors = super().start(count, random, data)
+        _start_blocks(tensors[2], tensors[3:-2])
+        return tensors
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        h = affine(x.unflatten(-1, (self.length, self.part)), *params[:2]) + params[2][:, None]
+        h = transformer(h, params[3:-4], self.heads)
+        return affine(token_norm(h, *params[-4:-2]).mean(2), *params[-2:])
+
+
+class CausalLanguage(Language):
+    """A transformer that predicts every next token of the sequences of `Language`.
+
+    Args:
+        width, heads, blocks: of the transformer; the others as of `Language`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int = 8,
+        length: int = 8,
+        width: int = 8,
+        heads: int = 2,
+        blocks: int = 2,
+        *,
+        batch: int = 16,
+        samples: int = 192,
+    ) -> None:
+        self.heads, self.blocks = heads, blocks
+        super().__init__(vocabulary, length, width, batch=batch, samples=samples)
+
+    def layout(self) -> list[tuple[int, ...]]:
+        d = self.width
+        return [(self.vocabulary, d), (self.length, d), *_blocks(d, self.blocks), (d, self.outputs), (self.outputs,)]
+
+    def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+        tensors = super().start(count, random, data)
+        _start_blocks(tensors[1], tensors[2:-2])
+        return tensors
+
+    def output(self, params: Params, x: Tensor) -> Tensor:
+        h = self.embed(params[0], x) + params[1][:, None]
+        return affine(token_norm(transformer(h, params[2:-4], self.heads, causal=True), *params[-4:-2]), *params[-2:])
