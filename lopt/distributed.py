@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -212,13 +212,18 @@ def any_sharded(params: Sequence[Tensor]) -> bool:
     return any(map(is_dtensor, params))
 
 
-def within_limit(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
-    """Whether no value of a real gradient counts as non-finite, in the arithmetic of the stages: [], bool."""
-    if grad.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=grad.device)
-    largest = torch.linalg.vector_norm(grad, math.inf).to(torch.float32)
+def within_limit(grads: Iterable[Tensor], grad_scale: Tensor | None, device: torch.device) -> Tensor:
+    """Whether no value of real gradients is beyond the limit, in the arithmetic of the stages: [] on `device`, bool."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        if grad.numel() > 0:
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)
+    if not alike:
+        return torch.ones((), dtype=torch.bool, device=device)
+    norms = [torch.nn.utils.get_total_norm(group, math.inf).to(device, torch.float32) for group in alike.values()]
+    largest = torch.stack(norms).amax()
     if grad_scale is not None:
-        largest = largest * grad_scale.to(device=grad.device, dtype=torch.float32).reshape(()).reciprocal()
+        largest = largest * grad_scale.to(device=device, dtype=torch.float32).reshape(()).reciprocal()
     return largest <= GRADIENT_LIMIT
 
 
@@ -238,9 +243,7 @@ def agree(params: Sequence[Tensor], found_inf: Tensor | None, grad_scale: Tensor
     grads = [_gradient(param) for param in params]
     device = next(param.device for param in params if is_dtensor(param))
     overflow = torch.zeros((), device=device) if found_inf is None else local(found_inf).reshape(()).to(device)
-    bad = [~within_limit(grad, grad_scale).to(device) for grad in grads if grad is not None]
-    if bad:
-        overflow = overflow + torch.stack(bad).any()
+    overflow = overflow + ~within_limit((grad for grad in grads if grad is not None), grad_scale, device)
     asked = params if exchange else []
     present = [grad is not None for grad in grads]
     flags = torch.cat([overflow.float()[None], torch.tensor(present[: len(asked)]).to(overflow)])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lopt import backends, distributed
 from lopt.backends.addresses import are
@@ -216,6 +217,7 @@ class HRNN(Optimizer):
         self._read_state = operator.itemgetter(*names)
         self._listed: _Listed | None = None
         self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
+        self._metas: dict[torch.device, MetaParams] = {}  # the meta-parameters there, one vector, as operators take it
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
 
     @staticmethod
@@ -278,7 +280,7 @@ class HRNN(Optimizer):
         if not asked_for and meta.config.log_lr_min > math.log(lowest):
             meta = _lowered(meta, lowest)
         if meta.config != self.meta.config:
-            self.meta, self._plans = meta, {}
+            self.meta, self._plans, self._metas = meta, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("meta", "nonfinite", "state_format", "backend", "_skipped", "_given")
@@ -333,6 +335,7 @@ class HRNN(Optimizer):
                 hook.remove()
 
     def _check_loadable(self, key: Any, param: Tensor, state: dict[str, Any]) -> None:
+        self._check_readable(distributed.local(param))
         expected = {row.name: row for row in rows(self.config)}
         missing = [name for name in expected if name not in state]
         surplus = [row.name for row in ROWS if row.name in state and row.name not in expected]
@@ -440,8 +443,8 @@ class HRNN(Optimizer):
             skip = self._step_device(devices[0], columns, sizes, orders, groups, rates, found_inf, grad_scale, shards)
         else:
             # One device's overflow must hold back the others before any of them has moved.
-            overflows = [~within_limit(grad, grad_scale).to(devices[0]) for grad in columns["grad"]]
-            overflow = torch.stack(overflows).any().float() + (0 if found_inf is None else found_inf.to(devices[0]))
+            overflow = (~within_limit(columns["grad"], grad_scale, devices[0])).float()
+            overflow = overflow if found_inf is None else overflow + found_inf.to(devices[0])
             for device in dict.fromkeys(devices):
                 here = [index for index, other in enumerate(devices) if other == device]
                 own = {name: tuple(column[index] for index in here) for name, column in columns.items()}
@@ -515,15 +518,25 @@ class HRNN(Optimizer):
                 f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype} and a gradient; HRNN "
                 f"optimizes floating and complex tensors: leave it out"
             )
+        self._check_readable(param)
         log_lr = min(max(math.log(init_lr), self.config.log_lr_min), self.config.log_lr_max)
-        shared = [
+        shared = (
             other["global_hidden"]
             for other in self.state.values()
             if isinstance(other, dict) and "global_hidden" in other and other["global_hidden"].device == param.device
-        ]
+        )
         state.update(init_state(param, self.meta, log_lr, state_format=self.state_format))
         if self.config.levels >= 3:
-            state["global_hidden"] = shared[0] if shared else init_global(self.meta, param.device)
+            first = next(shared, None)
+            state["global_hidden"] = init_global(self.meta, param.device) if first is None else first
+
+    def _check_readable(self, param: Tensor) -> None:
+        """Raise if kernels, which read memory, would be given a tensor that has none of its own."""
+        if is_traceable_wrapper_subclass(param) and self.backend != "reference" and self.defaults["fused"] is not False:
+            raise TypeError(
+                f"a parameter of shape {tuple(param.shape)} is a {type(param).__name__}, which is made of other "
+                f"tensors, and kernels cannot read it: pass backend='reference'"
+            )
 
     def _fit_state(self, param: Tensor, state: dict[str, Tensor]) -> None:
         """Follow a parameter into another memory order; raise if it went to another device or shape."""
@@ -660,6 +673,8 @@ class HRNN(Optimizer):
             weight_decay=[group["weight_decay"] for group in groups],
             skip=skip,
         )
+        if not torch.compiler.is_compiling():  # kernels write behind autograd's back; the operators do it themselves
+            torch.autograd.graph.increment_version(columns["param"])
         return skip
 
     def _plan(
@@ -675,6 +690,11 @@ class HRNN(Optimizer):
             plans.insert(0, self._make_plan(device, sizes, orders, shards) if kept is None else plans.pop(kept))
             del plans[PLANS:]
         if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            if plans[0].backend.__name__.endswith(".reference"):
+                raise RuntimeError(
+                    "the reference waits for the device, so it cannot be captured in a CUDA graph; fused kernels can: "
+                    "see `lopt info`"
+                )
             self._captured[id(plans[0])] = plans[0]
         return plans[0]
 
@@ -692,10 +712,12 @@ class HRNN(Optimizer):
                 f"the fastest backend there is"
             )
         like: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        if device not in self._metas:
+            self._metas[device] = MetaParams.from_flat(self.config, self.meta.to(**like).flat())
         updates = [torch.empty(sum(sizes), **like) for _ in range(1 + self.config.attention)]
         return _Plan(
             backend=backend,
-            meta=MetaParams.from_flat(self.config, self.meta.to(**like).flat()),  # one vector, as operators take it
+            meta=self._metas[device],
             sizes=sizes,
             orders=orders,
             places=_places(orders, sizes, shards).to(device) if self.config.log_lr_min_distance else None,
@@ -713,7 +735,7 @@ class HRNN(Optimizer):
                 if (
                     grad is not None
                     and grad.layout is torch.strided
-                    and not within_limit(real(distributed.local(grad)), None)
+                    and not within_limit([real(distributed.local(grad))], None, torch.device("cpu"))
                 ):
                     name = group["param_names"][index] if "param_names" in group else f"{index} of group {position}"
                     raise RuntimeError(
@@ -785,6 +807,8 @@ def _check_group(group: Group) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if not lr.is_meta and not 0 <= lr.item() < math.inf:
+            raise ValueError(f"Invalid learning rate: {lr}; it is a finite factor >= 0 of the learned step")
     elif not 0 <= lr < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}; it is a finite factor >= 0 of the learned step")
     if not 0 < init_lr < math.inf:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.testing._internal.two_tensor import TwoTensor
 
-from lopt import HRNN, HRNNConfig, MetaParams, backends
-from lopt.backends import reference
+from lopt import HRNN, HRNNConfig, MetaParams, backends, native
+from lopt.backends import cuda, reference
 from lopt.config import GRADIENT_LIMIT
 from lopt.distributed import real
 from lopt.hrnn import OPTIONS
@@ -61,16 +62,22 @@ class Place(NamedTuple):
 
 
 PLACES = [
-    Place(name, device)
-    for name, reason in backends.available().items()
-    if reason is None
+    pytest.param(Place(name, device), id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for name, backend in backends.BACKENDS.items()
     for device in ("cpu", "cuda")
-    if backends.BACKENDS[name].device in ("*", device) and (device == "cpu" or torch.cuda.is_available())
+    if backend.device in ("*", device)
 ]
+EMULATED = pytest.param(Place("cuda", "cpu"), id="cuda-emulated")
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: f"{place.backend}-{place.device}")
-def place(request: pytest.FixtureRequest) -> Place:
+@pytest.fixture(params=[*PLACES, EMULATED])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    backend, device = request.param
+    if backend == "cuda" and device == "cpu" and native.absent() is None:  # which HRNN never chooses
+        monkeypatch.setitem(backends.BACKENDS, backend, backends.Backend(cuda.__name__, "cpu"))
+        monkeypatch.setattr(cuda, "unusable", lambda: None)
+    if reason := backends.unusable(backend):
+        pytest.skip(reason)
     return request.param
 
 
@@ -920,6 +927,69 @@ def test_the_default_dtype_does_not_change_a_step(place):
     assert_same(*results)
 
 
+def test_the_default_device_does_not_matter_to_a_step(place):
+    results = []
+    for device in ("cpu", place.device):
+        with torch.device(device):
+            optimizer = place.hrnn(place.params())
+            train(optimizer, 2)
+            results.append(content(optimizer))
+    assert_same(*results)
+
+
+def test_autocast_does_not_change_a_step(place):
+    results = []
+    for enabled in (False, True):
+        optimizer = place.hrnn(place.params())
+        with torch.autocast(place.device, torch.bfloat16, enabled=enabled):
+            train(optimizer, 3)
+        results.append(content(optimizer))
+    assert_same(*results)
+
+
+def test_state_whose_memory_is_exchanged_is_followed(place):
+    """As offloading to another device and back does."""
+    results = []
+    for moved in (False, True):
+        optimizer = place.hrnn(place.params())
+        for step in range(4):
+            train(optimizer, range(step, step + 1))
+            if moved:
+                for state in optimizer.state.values():
+                    for value in state.values():
+                        value.data = value.data.clone()
+        results.append(content(optimizer))
+    assert_same(*results)
+
+
+def test_a_graph_from_before_a_step_cannot_be_differentiated_after_it(place):
+    (param,) = place.params((3,))
+    optimizer = place.hrnn([param])
+    loss = param.square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parameters_made_of_tensors_are_for_the_reference(place):
+    def make() -> nn.Parameter:
+        values = torch.linspace(-1, 1, 5, device=place.device)
+        param = nn.Parameter(TwoTensor(values.clone(), values.clone()))
+        param.grad = TwoTensor(torch.ones_like(values), torch.ones_like(values))
+        return param
+
+    param = make()
+    if place.backend != "reference":
+        with pytest.raises(TypeError, match="is a TwoTensor, .* pass backend='reference'"):
+            place.hrnn([param]).step()
+        return
+    (plain,) = place.params((5,))
+    plain.data, plain.grad = param.detach().a.clone(), torch.ones(5, device=place.device)
+    for own in (param, plain):
+        place.hrnn([own]).step()
+    assert torch.equal(param.detach().a, plain.detach())
+
+
 @pytest.mark.parametrize("meta", list(METAS))
 def test_memory_foretells_the_bytes_of_state_and_of_a_checkpoint(meta):
     params = Place("reference", "cpu").params((40, 50), (50,), (), (0,), (4, 3, 5, 2))
@@ -1497,3 +1567,15 @@ def test_a_compiled_step_equals_the_plain_one():
             give_gradients(compiled.param_groups[0]["params"], index)
             step()
     assert_same(content(plain), content(compiled))
+
+
+@pytest.mark.slow
+def test_a_graph_from_before_a_compiled_step_cannot_be_differentiated_after_it(place):
+    (param,) = place.params((3,))
+    optimizer = place.hrnn([param])
+    loss = param.square().sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        torch.compile(optimizer.step, backend="eager")()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

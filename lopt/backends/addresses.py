@@ -22,10 +22,23 @@ def are(left: Sequence[object], right: Sequence[object]) -> bool:
 
 
 class Followed:
-    """Which tensors columns of addresses were read of; they are the optimizer's own, so they do not move."""
+    """Which tensors columns of addresses were read of.
+
+    They are the optimizer's own, and move only if someone sets the `.data` of all of them: `stayed` looks at one kind in
+    each step.
+    """
 
     def __init__(self) -> None:
         self._columns: dict[int, tuple[Tensor, ...]] = {}
+        self._first: list[int] = []
+
+    def stayed(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors are where they were in the last call; if not, all columns count as changed."""
+        first = addresses(tensors)
+        if first == self._first:
+            return True
+        self._first, self._columns = first, {}
+        return False
 
     def changed(self, columns: dict[int, Sequence[Tensor]]) -> dict[int, list[int]]:
         """Addresses for the columns that other tensors have come into. A tuple that was given before costs nothing."""

@@ -95,26 +95,19 @@ def _pack(meta: MetaParams) -> Any:
 
 
 class _Kept:
-    """What a stage keeps from step to step: the addresses of its lists of state.
-
-    State does not move unless someone sets its `.data`; the addresses of the first list are compared, lest that be
-    fatal.
-    """
+    """What a stage keeps from step to step: the addresses of its lists of state."""
 
     def __init__(self, _: Tensor) -> None:
         self._followed = Followed()
         self._lists: Sequence[Sequence[Tensor]] = ()  # of the last step, if they are tuples
-        self._addresses: list[list[int]] = [[]]
+        self._addresses: list[list[int]] = []
         self.sizes: list[int] = []  # of the tensors of the last list
         self.strides: list[tuple[int, ...]] = []  # of the tensors of the last list
         self.dense: list[tuple[int, ...]] = []  # strides of parameters that were all found to have no gaps
 
     def __call__(self, *lists: Sequence[Tensor]) -> list[list[int]]:
-        stayed = addresses(lists[0]) == self._addresses[0]
-        if stayed and are(lists, self._lists):
+        if self._followed.stayed(lists[0]) and are(lists, self._lists):
             return self._addresses
-        if not stayed:
-            self._followed = Followed()
         if changed := self._followed.changed(dict(enumerate(lists))):
             known = dict(enumerate(self._addresses)) | changed
             self._addresses = [known.get(index, []) for index in range(len(lists))]

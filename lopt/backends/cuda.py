@@ -80,7 +80,7 @@ class Packed:
             for index, gate in enumerate(scaled.inputs.split(coverage.HIDDEN_SIZE, 1))
         ]
         columns = torch.cat(groups, 1).unflatten(1, (-1, at_once)).transpose(0, 1)
-        self.weights = torch.zeros(layout["weights_size"], device=columns.device)
+        self.weights = torch.zeros(layout["weights_size"], dtype=torch.float32, device=columns.device)
         for name, values in {"gru": columns, **scaled.read_outs}.items():
             begin = layout["weights"][name]
             self.weights[begin : begin + values.numel()] = values.reshape(-1)

@@ -34,6 +34,7 @@ MIXED = 4  # instead of a dtype of lopt.backends.coverage: tensors of several
 PARTIALS = 32  # row length of the partial sums, at least their number
 CHUNKS_PER_TENSOR = 2048  # beyond which chunks grow
 MOST = 16384  # parameters of a chunk
+PACKED = 8  # meta-parameters, of any device, that are kept as the kernels read them
 LOG2_E = 1 / math.log(2)
 
 
@@ -215,7 +216,10 @@ class Table:
             self._valid = True
         while len(self._spares) < self.SPARES:
             self._spares.append(
-                (torch.empty(self._host.shape, dtype=torch.int64, pin_memory=True), torch.empty_like(self._table))
+                (
+                    torch.empty(self._host.shape, dtype=torch.int64, device="cpu", pin_memory=True),
+                    torch.empty_like(self._table),
+                )
             )
         return self._table
 
@@ -293,7 +297,7 @@ class Advance:
         device, tensors = hidden[0].device, len(hidden)
         self.sizes, self.tensors = sizes, tensors
         self.compact = hidden[0].dtype == torch.int16  # the format of the state
-        self.meta, self.packed = meta, stages.pack(meta)
+        self.meta, self.packed = meta, stages.packed(meta)
         self.chunks = Chunks(sizes, stages.chunk_sizes(sizes), device)
         self.table = Table(len(AdvanceColumn), tensors, device)
         self.table.follow(
@@ -305,10 +309,10 @@ class Advance:
                 AdvanceColumn.CHUNK_SIZE: self.chunks.sizes,
             }
         )
-        self.shared = torch.zeros(tensors, stages.shared_size(), device=device)
-        self.partials = torch.empty(self.chunks.total, PARTIALS, device=device)
+        self.shared = torch.zeros(tensors, stages.shared_size(), dtype=torch.float32, device=device)
+        self.partials = torch.empty(self.chunks.total, PARTIALS, dtype=torch.float32, device=device)
         self.tickets = torch.zeros(tensors, dtype=torch.int32, device=device)
-        self.one = torch.ones((), device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
         self.state = Followed()
         self.maximize: Sequence[bool] = []
         self.orders: list[tuple[int, ...]] = []  # strides of each tensor's state
@@ -326,6 +330,7 @@ class Advance:
         Returns:
             The gradients, those copied that lay otherwise than their state; the table; their dtype or MIXED.
         """
+        self.state.stayed(hidden)
         columns = {AdvanceColumn.NUMEL: numel, **self.state.changed(state)}
         if AdvanceColumn.HIDDEN in columns:
             self.orders = [row.stride()[1:] for row in hidden]
@@ -349,15 +354,16 @@ class Summarise:
 
     def __init__(self, stages: Stages, meta: MetaParams, sums: Tensor) -> None:
         device, self.tensors = sums.device, len(sums)
-        self.meta, self.packed = meta, stages.pack(meta)
+        self.meta, self.packed = meta, stages.packed(meta)
         self.columns = sums_columns(meta.config)
         self.table = Table(len(SummaryColumn), self.tensors, device)
-        self.scratch = torch.zeros(self.tensors, stages.summary_size(meta.config), device=device)
+        self.scratch = torch.zeros(self.tensors, stages.summary_size(meta.config), dtype=torch.float32, device=device)
         self.ticket = torch.zeros((), dtype=torch.int32, device=device)
         self.state = Followed()
 
     def follow(self, state: dict[int, Sequence[Tensor]], numel: list[int]) -> Tensor:
         """Put this step's addresses into the table; returns it."""
+        self.state.stayed(state[SummaryColumn.STEP])
         return self.table.follow({SummaryColumn.NUMEL: numel, **self.state.changed(state)})
 
 
@@ -406,6 +412,7 @@ class Apply:
             ]
             self.compact_strides = list(map(Tensor.stride, params)) if are(compact, params) else []
         kinds = _kinds(params, "parameter")
+        self.state.stayed(log_lr_mean)
         columns = {
             ApplyColumn.PARAM: addresses(compact),
             ApplyColumn.PARAM_DTYPE: kinds,
@@ -441,6 +448,7 @@ class Stages:
 
     def __init__(self) -> None:
         self._kept = WeakTensorKeyDictionary()  # buffer of a stage -> Advance, Summarise or Apply
+        self._packed: list[tuple[MetaParams, Any]] = []  # the last used first
 
     def functions(self) -> tuple[Callable[..., None], ...]:
         """`advance`, `summarise` and `apply` as a backend's module has them."""
@@ -511,9 +519,15 @@ class Stages:
             kept = self._kept[buffer] = make()
         return kept
 
+    def packed(self, meta: MetaParams) -> Any:
+        """What `pack` makes of meta-parameters, once for those in use: it costs many launches and waits for them."""
+        known = next((entry for entry in self._packed if entry[0] is meta), None) or (meta, self.pack(meta))
+        self._packed = [known, *(entry for entry in self._packed if entry[0] is not meta)][:PACKED]
+        return known[1]
+
     def _follow_meta(self, kept: Advance | Summarise, meta: MetaParams) -> None:
         if kept.meta is not meta:
-            kept.meta, kept.packed = meta, self.pack(meta)
+            kept.meta, kept.packed = meta, self.packed(meta)
 
     @torch.no_grad()
     def advance(

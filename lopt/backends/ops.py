@@ -53,6 +53,8 @@ def _define(stage: str, schema: str) -> None:
     def kernel(backend: str, config: str, meta: Tensor, *args: Any, **kwargs: Any) -> None:
         module = importlib.import_module(f"lopt.backends.{backend}")
         getattr(module, stage)(_meta(config, meta), *args, **kwargs)
+        if stage == "apply":
+            torch.autograd.graph.increment_version(args[0])  # the parameters
 
     name = f"lopt::hrnn_{stage}"
     torch.library.define(name, "".join(schema.split("\n")))

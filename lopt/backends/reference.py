@@ -650,7 +650,9 @@ def advance(
         old = compact.decode(old, compact.limit(meta), dtype)
     steps = torch.stack(list(step))
     started = segments.expand(steps > 0)
-    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old["hidden"]))
+    with torch.autocast(sums.device.type, enabled=False):
+        decays = read_decays(meta, config, old["hidden"])
+    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in decays)
     state = FlatState(
         **old,
         grad_decay=grad_decay,
@@ -663,7 +665,8 @@ def advance(
         damping=torch.stack(list(damping)) if damping else None,
         distance=torch.stack(list(distance)) if distance else None,
     )
-    new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
+    with torch.autocast(sums.device.type, enabled=False):
+        new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0
     kept = {"hidden": new.hidden, "accum": new.accum, "ms": new.ms}
     if is_compact:
@@ -711,17 +714,18 @@ def summarise(
     """
     config = meta.config
     meta = meta.to(dtype=sums.dtype, device=sums.device)
-    summary = summarise_flat(
-        meta,
-        config,
-        sums,
-        torch.tensor(numel, device=sums.device),
-        torch.stack(list(tensor_hidden)) if tensor_hidden else None,
-        global_hidden if config.levels >= 3 else None,
-        torch.stack(list(damping)) if damping else None,
-        torch.stack(list(distance)) if distance else None,
-        None if places is None else update.take(places),
-    )
+    with torch.autocast(sums.device.type, enabled=False):
+        summary = summarise_flat(
+            meta,
+            config,
+            sums,
+            torch.tensor(numel, device=sums.device),
+            torch.stack(list(tensor_hidden)) if tensor_hidden else None,
+            global_hidden if config.levels >= 3 else None,
+            torch.stack(list(damping)) if damping else None,
+            torch.stack(list(distance)) if distance else None,
+            None if places is None else update.take(places),
+        )
     keep = skip != 0
     for index, count in enumerate(step):
         if summary.tensor_hidden is not None:
