@@ -25,6 +25,7 @@ from lopt.meta.recipe import ESTIMATORS, RECIPES, Recipe, Stage
 from lopt.meta.tasks import Random
 from lopt.meta.unroll import World
 from lopt.metaparams import MetaParams
+from lopt.train.arguments import current_device, positive, whole
 from lopt.train.group import ALONE, Group
 
 
@@ -104,13 +105,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lopt bench meta`."""
     parser.add_argument("--recipe", choices=RECIPES, default="default", help="default: default")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="of the recipe (default: all)")
-    parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="copies of a mix (default: the stage's own)")
+    parser.add_argument(
+        "--rows", type=whole(1), nargs="+", metavar="N", help="copies of a mix (default: the stage's own)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1], help="CPU threads of a process to try (default: 1)"
+        "--threads", type=whole(1), nargs="+", default=[1], help="CPU threads of a process to try (default: 1)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns of all mixes (default: 7)")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds per stage (default: 60)")
+    parser.add_argument("--rounds", type=whole(1), default=7, help="turns of all mixes (default: 7)")
+    parser.add_argument("--budget", type=positive, default=60.0, help="seconds per stage (default: 60)")
     parser.add_argument(
         "--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)"
     )
@@ -118,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`lopt bench meta`: print a line per stage, append its rows."""
-    device, path, recipe = torch.device(args.device), args.out or default_path(), RECIPES[args.recipe]
+    device, path, recipe = current_device(args.device), args.out or default_path(), RECIPES[args.recipe]
     named = {stage.name: stage for stage in recipe.stages}
     if unknown := [name for name in args.stages or () if name not in named]:
         raise ValueError(f"--stages {unknown[0]}: the recipe {args.recipe!r} has {', '.join(named)}")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from lopt.train import TrainError, command, textures
+from lopt.train.arguments import whole
 from lopt.train.metrics import COLUMNS, read_metrics
 
 RIVALS = ("adamw:0.0001", "adamw:0.0003", "adamw:0.001", "sgd:0.1")
@@ -74,12 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/stability"), help="default: runs/stability")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="some of the device's models (default: all)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of HRNN (default: 5000 on a GPU)")
-    parser.add_argument("--rival-steps", type=int, metavar="N", help="of the others (default: 1000 on a GPU)")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="of HRNN (default: 5000 on a GPU)")
+    parser.add_argument("--rival-steps", type=whole(1), metavar="N", help="of the others (default: 1000 on a GPU)")
     parser.add_argument("--meta", metavar="NAME|FILE", help="learned weights (default: the shipped ones)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU (default: torch's own)")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU (default: torch's own)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="that draw images (default: one per core)"
+        "--jobs",
+        type=whole(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="that draw images (default: one per core)",
     )
 
 

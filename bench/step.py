@@ -23,6 +23,7 @@ import lopt
 from lopt import backends
 from lopt.backends import reference
 from lopt.bench.results import Row, append, commit, default_path, device_name, load, quantiles, today
+from lopt.train.arguments import current_device, positive, whole
 
 SIZES = {"1k": 1_000, "100k": 100_000, "1M": 1_000_000, "10M": 10_000_000}
 MODELS = {
@@ -293,9 +294,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="of the parameters"
     )
-    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads to try (default: 1 and all)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (default: 9)")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds per contender and case (default: 10)")
+    parser.add_argument("--threads", type=whole(1), nargs="+", help="CPU threads to try (default: 1 and all)")
+    parser.add_argument("--rounds", type=whole(1), default=9, help="turns of each contender (default: 9)")
+    parser.add_argument("--budget", type=positive, default=10.0, help="seconds per contender and case (default: 10)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the reference")
     parser.add_argument(
         "--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)"
@@ -305,9 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`lopt bench step`: print a table per case, append its rows."""
-    device, path = torch.device(args.device), args.out or default_path()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; leave it at cpu")
+    device, path = current_device(args.device), args.out or default_path()
     for case in (cases := args.cases or [*SIZES, *MODELS]):
         shapes_of(case)
     threads = [0] if device.type == "cuda" else args.threads or sorted({1, torch.get_num_threads()})

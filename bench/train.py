@@ -1,7 +1,7 @@
 """How fast training goes with each optimizer: images per second, the optimizer's share of a step, peak memory.
 
 Steps are those of `lopt train` on synthetic images, so that reading files costs nothing: HRNN by each fused backend,
-with float32 and compact state, beside fused AdamW and foreach SGD with momentum. Contenders take turns, round after
+with float32 and compact state, beside fused AdamW and SGD with momentum, foreach or, in fp16, fused. Contenders take turns, round after
 round, and a row is the median over the rounds; warm-up stays outside. Peak memory is what a step has beyond what was
 there before its model was made: of a GPU what torch allocated, of a CPU the resident set. The rows of a contender
 differ in their unit: img/s, "optimizer share" of the time of a step, and B for the peak.
@@ -24,6 +24,7 @@ import torch
 from lopt import backends
 from lopt.bench.results import Row, append, commit, default_path, device_name, load, quantiles, today
 from lopt.bench.step import threads_set
+from lopt.train.arguments import current_device, whole
 from lopt.train.config import Config
 from lopt.train.data import Batches, Synthetic
 from lopt.train.loop import Training
@@ -54,7 +55,7 @@ class Running(NamedTuple):
     peak: int | None
 
 
-def contenders(device: torch.device, reference: bool) -> list[Contender]:
+def contenders(device: torch.device, reference: bool, amp: str | None) -> list[Contender]:
     """Everything that can run on a device; the reference, of which a step takes a minute on a CPU, if asked for."""
     usable = [
         name
@@ -69,7 +70,7 @@ def contenders(device: torch.device, reference: bool) -> list[Contender]:
             if name != "reference" or (reference and state_format == "float32")
         ),
         Contender("adamw fused", "adamw"),
-        Contender("sgd foreach", "sgd"),
+        Contender("sgd fused" if amp == "fp16" else "sgd foreach", "sgd"),  # what `lopt train` takes
     ]
 
 
@@ -155,7 +156,7 @@ def _kernel_says(name: str) -> int | None:
 def measure(model: str, device: torch.device, args: argparse.Namespace) -> list[Row]:
     """Rows of every contender on one model. One that fails is named and left out."""
     running: dict[str, Running] = {}
-    for contender in contenders(device, args.reference):
+    for contender in contenders(device, args.reference, args.amp):
         try:
             running[contender.name] = start(configure(model, contender, device, args))
         except Exception as error:  # whatever a contender raises must not end the others
@@ -262,16 +263,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lopt bench train`."""
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(IMAGE_SIZES)}; default: all")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 256 on a GPU, 4 on a CPU")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: what the model is made for")
+    parser.add_argument("--batch-size", type=whole(1), metavar="N", help="default: 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--image-size", type=whole(1), metavar="PIXELS", help="default: what the model is made for")
     parser.add_argument("--amp", choices=[*DTYPES, "none"], help="default: bf16 on a GPU, none on a CPU")
     parser.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, help="memory order (default: on a GPU)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--reference", action="store_true", help="the reference backend too")
-    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU (default: torch's own)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender (default: 5)")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU (default: torch's own)")
+    parser.add_argument("--rounds", type=whole(1), default=5, metavar="N", help="turns of each contender (default: 5)")
     parser.add_argument(
         "--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)"
     )
@@ -282,11 +283,9 @@ def run(args: argparse.Namespace) -> int:
     """`lopt bench train`: print a table per model, append its rows. Returns 1 if nothing could be measured."""
     if unknown := [model for model in args.models if model not in IMAGE_SIZES]:
         raise ValueError(f"no benchmark model {unknown[0]!r}; there are {', '.join(IMAGE_SIZES)}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = current_device(args.device)
     path = args.out or default_path()
     on_gpu = device.type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; leave it at cpu")
     args.batch_size = args.batch_size or (256 if on_gpu else 4)
     args.amp = {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp)
     args.channels_last = on_gpu if args.channels_last is None else args.channels_last

@@ -12,6 +12,7 @@ import torch
 
 import lopt
 from lopt import backends, native
+from lopt.train.arguments import whole
 
 PACKAGES = ("triton", "numpy", "safetensors")
 DEVICES = ("cpu", "cuda")
@@ -23,7 +24,7 @@ Rows = list[tuple[str, str]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lopt info`."""
     parser.add_argument("--model", metavar="NAME", help="print what training it needs: a name as for `lopt train`")
-    parser.add_argument("--classes", type=int, default=1000, help="of that model, %(default)s by default")
+    parser.add_argument("--classes", type=whole(1), default=1000, help="of that model, %(default)s by default")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,8 +24,8 @@ def are(left: Sequence[object], right: Sequence[object]) -> bool:
 class Followed:
     """Which tensors columns of addresses were read of.
 
-    They are the optimizer's own, and move only if someone sets the `.data` of all of them: `stayed` looks at one kind in
-    each step.
+    They are the optimizer's own, and move only if someone sets the `.data` of all of them: `stayed` looks at one kind
+    in each step.
     """
 
     def __init__(self) -> None:

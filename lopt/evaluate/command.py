@@ -20,6 +20,7 @@ from lopt.evaluate import ablations, report, suites, timing
 from lopt.evaluate.optimizers import OPTIMIZERS
 from lopt.evaluate.training import Cache, Result, Run, digest, lock_steps, train
 from lopt.metaparams import MetaParams
+from lopt.train.arguments import whole
 
 SEEDS = 3
 
@@ -37,12 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="architectures that the suite paper compares (default: shipped)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/evaluate-<suite>, written anew")
-    parser.add_argument("--seeds", type=_count, default=SEEDS, metavar="N", help=f"of every training (default {SEEDS})")
+    parser.add_argument(
+        "--seeds", type=whole(1), default=SEEDS, metavar="N", help=f"of every training (default {SEEDS})"
+    )
     parser.add_argument("--quick", action="store_true", help="few tasks and steps: a try")
     parser.add_argument(
         "--only", choices=OPTIMIZERS, help="train this optimizer alone; the rest as far as it is cached"
     )
-    parser.add_argument("--jobs", type=_count, metavar="N", help="processes of one thread (default: one per processor)")
+    parser.add_argument(
+        "--jobs", type=whole(1), metavar="N", help="processes of one thread (default: one per processor)"
+    )
     parser.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="results of all evaluations (default: ~/.cache/lopt/evaluate)"
     )
@@ -182,10 +187,3 @@ def _train(
 ) -> list[Result]:
     settings, seeds = [run.setting for run in group], [run.seed for run in group]
     return train(suites.task(group[0].task), settings, seeds, group[0].steps, weights, progress)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value

@@ -18,7 +18,8 @@ from lopt.meta.meta_train import MetaTraining
 from lopt.meta.recipe import RECIPES, VARIANTS, Recipe, varied
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
-from lopt.train import TrainError, checkpoint
+from lopt.train import TrainError, checkpoint, parallel
+from lopt.train.arguments import checked_device, positive, whole
 from lopt.train.group import Group
 from lopt.train.stop import StopRequest
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=RECIPES, help="default: default")
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=positive,
         metavar="M",
         help="scale the recipe to about M minutes on one core (the same meta-steps on every machine)",
     )
@@ -48,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of the architecture: {', '.join(VARIANTS)}"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of everything (default 0)")
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="of everything (default 0)")
     parser.add_argument("--tasks", nargs="+", metavar="MODULE:CLASS", help="train on these tasks too")
     parser.add_argument("--start", metavar="NAME|FILE", help="meta-parameters to go on from (default: untrained)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="on a CPU (default 1)")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="on a CPU (default 1)")
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/meta-<n>")
     folder.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
@@ -77,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
         options |= given
     torch.set_num_threads(options["threads"])
     group = Group.from_environment()
-    device = options["device"]
+    device = parallel.own_device(checked_device(options["device"]))
     training = MetaTraining(
         _recipe(options),
         options["seed"],
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and group.size > 1 else device,
+        device,
         [load_task(name) for name in options["tasks"]],
         None if options["start"] is None else MetaParams.resolve(options["start"]),
         group,
@@ -128,13 +129,6 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     if unknown := [name for name in options["stages"] if name not in named]:
         raise TrainError(f"--stages {unknown[0]}: the recipe {options['recipe']!r} has {', '.join(named)}")
     return dataclasses.replace(recipe, stages=tuple(named[name] for name in options["stages"]))
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
 
 
 def _saved_options(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 
 from lopt.state import FORMATS
 from lopt.train import TrainError, models, parallel
+from lopt.train.arguments import checked_device, decay, not_negative, positive, share, whole
 from lopt.train.config import Config
 from lopt.train.data import NAMED, Data, open_data
 from lopt.train.group import announced
@@ -52,38 +52,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="preresnet8, a pytorchcv name, timm:NAME or torchvision:NAME; the default depends on --data"
     )
     what.add_argument("--data", help="digits (default), synthetic, or a folder with train/ and val/ of class folders")
-    what.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="default: what the model is made for")
+    what.add_argument("--image-size", type=whole(1), metavar="PIXELS", help="default: what the model is made for")
     what.add_argument(
-        "--batch-size", type=_whole(1), metavar="N", help="of a step, on all devices (default: 64 for digits, else 128)"
+        "--batch-size", type=whole(1), metavar="N", help="of a step, on all devices (default: 64 for digits, else 128)"
     )
     length = what.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs", type=_whole(1), metavar="N", help="default: 20 for digits, 1 for synthetic, else 90"
-    )
-    length.add_argument("--steps", type=_whole(1), metavar="N")
-    what.add_argument("--seed", type=_whole(0), metavar="N", help="weights, order and augmentation (default 0)")
+    length.add_argument("--epochs", type=whole(1), metavar="N", help="default: 20 for digits, 1 for synthetic, else 90")
+    length.add_argument("--steps", type=whole(1), metavar="N")
+    what.add_argument("--seed", type=whole(0), metavar="N", help="weights, order and augmentation (default 0)")
 
     how = parser.add_argument_group("how")
     how.add_argument("--optimizer", choices=OPTIMIZERS, help="default: hrnn")
     how.add_argument(
         "--lr",
-        type=_positive,
+        type=positive,
         help="default: 1 for hrnn (it multiplies the learned step), 0.001 for adamw, 0.1 for sgd",
     )
-    how.add_argument("--init-lr", type=_positive, metavar="LR", help="hrnn: rate its learned rates start from")
+    how.add_argument("--init-lr", type=positive, metavar="LR", help="hrnn: rate its learned rates start from")
     how.add_argument(
-        "--min-lr", type=_positive, metavar="LR", help="hrnn: bound below these (default: the weights' own)"
+        "--min-lr", type=positive, metavar="LR", help="hrnn: bound below these (default: the weights' own)"
     )
     how.add_argument(
         "--weight-decay",
-        type=_not_negative,
+        type=not_negative,
         metavar="W",
         help="decoupled for hrnn and adamw; default: 0 for hrnn, 0.01 for adamw, 0.0005 for sgd",
     )
     how.add_argument("--schedule", choices=SCHEDULES, help="of lr over the run (default: cosine)")
-    how.add_argument("--label-smoothing", type=_share, metavar="S", help="of training (default: 0; often 0.1)")
+    how.add_argument("--label-smoothing", type=share, metavar="S", help="of training (default: 0; often 0.1)")
     how.add_argument(
-        "--ema", type=_decay, metavar="DECAY", help="test weights averaged over the steps too (often 0.9999)"
+        "--ema", type=decay, metavar="DECAY", help="test weights averaged over the steps too (often 0.9999)"
     )
     how.add_argument("--meta", metavar="NAME|FILE", help="hrnn: learned weights (default: the shipped ones)")
     how.add_argument("--state-format", choices=FORMATS, help="hrnn: 76 or, compact, 40 bytes of state per parameter")
@@ -95,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:LR]",
         help="then train the same with adamw, sgd or hrnn and draw both",
     )
-    how.add_argument("--compare-steps", type=_whole(1), metavar="N", help="of these (default: as many as of the run)")
+    how.add_argument("--compare-steps", type=whole(1), metavar="N", help="of these (default: as many as of the run)")
 
     fast = parser.add_argument_group("speed and size")
     fast.add_argument(
@@ -104,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fast.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory order (default: no)")
     fast.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: no)")
     fast.add_argument(
-        "--accumulate", type=_whole(1), metavar="N", help="take a step's images in N parts, for memory (default: 1)"
+        "--accumulate", type=whole(1), metavar="N", help="take a step's images in N parts, for memory (default: 1)"
     )
     fast.add_argument("--parallel", choices=parallel.MODES, help="under torchrun: DDP (default) or FSDP2")
     fast.add_argument(
@@ -115,21 +113,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     where.add_argument(
         "--threads",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="on a CPU (default: 1 for preresnet8 on digits, too little to share; else torch's own)",
     )
     where.add_argument(
-        "--workers", type=_whole(0), metavar="N", help="processes that decode images (default: the cores)"
+        "--workers", type=whole(0), metavar="N", help="processes that decode images (default: the cores)"
     )
     folder = where.add_mutually_exclusive_group()
     folder.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/<model>-<data>-<optimizer>-<n>")
     folder.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
     where.add_argument(
-        "--log-every", type=_whole(1), metavar="STEPS", help=f"rows of metrics.csv (default: about {ROWS})"
+        "--log-every", type=whole(1), metavar="STEPS", help=f"rows of metrics.csv (default: about {ROWS})"
     )
-    where.add_argument("--eval-every", type=_whole(1), metavar="STEPS", help="test accuracy (default: every epoch)")
-    where.add_argument("--checkpoint-every", type=_whole(1), metavar="STEPS", help="default: every half minute")
+    where.add_argument("--eval-every", type=whole(1), metavar="STEPS", help="test accuracy (default: every epoch)")
+    where.add_argument("--checkpoint-every", type=whole(1), metavar="STEPS", help="default: every half minute")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -171,7 +169,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
             if getattr(args, option) is not None:
                 flag = "--" + option.replace("_", "-")
                 raise TrainError(f"{flag} is for --optimizer hrnn, not {optimizer}: leave it out")
-    device = _device(args.device)
+    device = checked_device(args.device)
     data = open_data(name)
     model = args.model or default.model
     _, native, _ = models.build(model, data.classes, data.channels, args.image_size)
@@ -246,7 +244,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             )
         changes[field] = given
     config = replace(stored, **changes)
-    config = replace(config, device=_device(config.device))
+    config = replace(config, device=checked_device(config.device))
     data = open_data(config.data)
     if (data.train_count, data.classes) != (config.train_images, config.classes):
         raise TrainError(
@@ -281,16 +279,6 @@ def _check_parts(config: Config) -> None:
         raise TrainError(f"--sync-bn works on GPUs, not on device {config.device!r}: leave it out")
 
 
-def _device(name: str | None) -> str:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=parallel.own_device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainError(f"device {name!r} cannot be used ({reason}): choose another --device, such as cpu") from error
-    return name
-
-
 def _cores() -> int:
     """Of the machine, for each of its processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -308,43 +296,8 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return int(text)
-
-    return parse
-
-
-def _number(text: str, allowed: Callable[[float], bool], kind: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and allowed(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
-    return value
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda value: value > 0, "a positive number")
-
-
-def _share(text: str) -> float:
-    return _number(text, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
-
-
-def _decay(text: str) -> float:
-    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, "a positive or zero number")
-
-
 def _rival(text: str) -> str:
     name, colon, lr = text.partition(":")
     if name not in OPTIMIZERS:
         raise argparse.ArgumentTypeError(f"{text!r} is no optimizer: choose from {', '.join(OPTIMIZERS)}, or NAME:LR")
-    return f"{name}:{_positive(lr)!r}" if colon else name
+    return f"{name}:{positive(lr)!r}" if colon else name

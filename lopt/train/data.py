@@ -209,15 +209,21 @@ class ImageFolder:
         for part in ("train", "val"):
             if not (path / part).is_dir():
                 raise TrainError(f"data {str(path)!r} has no folder {part}/: expected train/ and val/ of class folders")
-        names = sorted(entry.name for entry in os.scandir(path / "train") if entry.is_dir())
+        names = _class_folders(path / "train")
         if len(names) < 2:
             raise TrainError(f"{str(path / 'train')!r} has {len(names)} class folders: a classifier needs two or more")
-        unknown = sorted({entry.name for entry in os.scandir(path / "val") if entry.is_dir()} - set(names))
+        unknown = sorted(set(_class_folders(path / "val")) - set(names))
         if unknown:
             raise TrainError(f"{str(path / 'val')!r} has class {unknown[0]!r}, which train/ lacks: add or remove it")
         self.class_names = names
         self.classes = len(names)
         self._train = _list_images(path / "train", names)
+        if len(with_images := {label for _, label in self._train}) < self.classes:
+            empty = next(name for label, name in enumerate(names) if label not in with_images)
+            raise TrainError(
+                f"{str(path / 'train' / empty)!r} holds no image ({' '.join(IMAGE_SUFFIXES)}): add some, or remove the "
+                f"folder, for each one is a class"
+            )
         self._test = _list_images(path / "val", names)
 
     @property
@@ -239,6 +245,11 @@ class ImageFolder:
         yield from _load(_Pictures(self._test, feed.image_size, feed.seed, augment=False), keys, feed)
 
 
+def _class_folders(root: Path) -> list[str]:
+    """Names of the folders below root, sorted; hidden ones are nobody's class."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _list_images(root: Path, classes: list[str]) -> list[tuple[str, int]]:
     """(path, class index) of every image below root, sorted. Raises TrainError when there is none."""
     found = [
@@ -249,7 +260,9 @@ def _list_images(root: Path, classes: list[str]) -> list[tuple[str, int]]:
         if file.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not found:
-        raise TrainError(f"{str(root)!r} holds no image ({' '.join(IMAGE_SUFFIXES)})")
+        beside = any(file.lower().endswith(IMAGE_SUFFIXES) for file in os.listdir(root))
+        cure = f"they must lie in a folder for each class, such as {root.name}/{classes[0]}/" if beside else "add some"
+        raise TrainError(f"{str(root)!r} holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder: {cure}")
     return sorted(found, key=lambda item: (item[1], item[0]))
 
 
@@ -261,14 +274,18 @@ class _Pictures(torch.utils.data.Dataset):
         self.files, self.size, self.seed, self.augment = files, size, seed, augment
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | str:
+        from PIL.Image import DecompressionBombError
+
         epoch, indices = key
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
         for row, index in enumerate(indices):
             path = self.files[min(index, len(self.files) - 1)][0]
             try:
                 picture = self._read(path, epoch, index)
-            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files it cannot read
-                return f"cannot read image {path!r} ({error}): replace or remove it, then resume"
+            except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what PIL raises
+                # A training image takes part in the order of all: without it another run would go on.
+                cure = "replace it by an image that can be read" if self.augment else "replace or remove it"
+                return f"cannot read image {path!r} ({error}): {cure}, then resume"
             images[row] = torch.from_numpy(picture).permute(2, 0, 1)
         labels = [self.files[index][1] if index < len(self.files) else NO_LABEL for index in indices]
         return images, torch.tensor(labels)

@@ -47,7 +47,7 @@ class Group:
         """Sum over the processes of a tensor of any shape."""
         if self.size == 1:
             return values
-        sums = values.detach().cpu()
+        sums = values.detach().to("cpu", copy=True)  # all_reduce works in place
         dist.all_reduce(sums)
         return sums.to(values.device)
 

@@ -135,8 +135,6 @@ class Training:
         read or a file cannot be written, Diverged when the loss is not finite.
         """
         config, path = self.config, folder / "checkpoint.pt"
-        if self.step > config.steps:
-            raise TrainError(f"--steps {config.steps} is less than the {self.step} steps already taken: give more")
         if self.step == self.row_step == config.steps and path.exists():
             return True
         started = time.perf_counter() - self.seconds
@@ -230,8 +228,8 @@ class Training:
         for name, count in counts.items():
             scores: Scores = count.scores(self.group.sum(count.sums), self.config.classes)
             fields |= {f"{name}test_loss": scores.loss, f"{name}test_accuracy": scores.accuracy}
-            if scores.top5 is not None and not name:
-                fields["test_top5"] = scores.top5
+            if scores.top5 is not None:
+                fields[f"{name}test_top5"] = scores.top5
         return fields
 
     def _set_mode(self, mode: str) -> None:
@@ -376,6 +374,13 @@ def _cures_named(config: Config) -> Iterator[None]:
             f"a step of {config.batch_size} images in {config.accumulate} part(s) exceeds the memory of "
             f"{config.device!r}: resume with a larger --accumulate, or start with --amp bf16"
         ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise TrainError(
+                f"batch normalisation has one value of each channel in a part of {config.batch_size} images in "
+                f"{config.accumulate} part(s): give a larger --batch-size or --image-size, or a smaller --accumulate"
+            ) from error
+        raise
     except RuntimeError as error:
         if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().splitlines()[0]

@@ -24,6 +24,7 @@ COLUMNS = (
     "test_top5",  # the class is among the five likeliest; empty for five classes or fewer
     "ema_test_loss",  # of the averaged weights; empty without --ema
     "ema_test_accuracy",
+    "ema_test_top5",
     "images_per_second",  # since the last row, evaluation and checkpoints left out
     "data_seconds",  # per step: waiting for a batch to arrive
     "optimizer_seconds",  # per step: in the optimizer, by the device's clock
@@ -37,6 +38,7 @@ TAGS = {
     "test/top5": "test_top5",
     "test-ema/loss": "ema_test_loss",
     "test-ema/accuracy": "ema_test_accuracy",
+    "test-ema/top5": "ema_test_top5",
     "speed/images_per_second": "images_per_second",
     "speed/data_seconds": "data_seconds",
     "speed/optimizer_seconds": "optimizer_seconds",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lopt import HRNN, backends
-from lopt.train import TrainError
+from lopt.train import TrainError, checkpoint
 from lopt.train.config import Config
 from lopt.train.data import Data
 from lopt.train.loop import Diverged, Training
@@ -24,12 +27,14 @@ def train_all(training: Training, folder: Path | None) -> int:
     """Train to the end or until a signal, then the rivals; draw all curves. folder: existing or to be made; None: the
     first free one below runs/. Returns the exit code: 0, or 130 or 143 after SIGINT or SIGTERM."""
     config, data, group = training.config, training.data, training.group
+    if folder is not None:
+        _check_steps(config, folder)
     folder = group.from_first(make_folder(folder, config, data) if group.rank == 0 else None)
     if group.rank == 0:
         _announce(training, folder)
     drawn: dict[str, Path] = {}
     done = True
-    with StopRequest() as stop:
+    with StopRequest() as stop, _alone(folder) if group.rank == 0 else contextlib.nullcontext():
         for rival in ("", *config.compare):
             if rival:
                 training = Training(rival_config(config, rival), data, group)
@@ -63,6 +68,40 @@ def train_all(training: Training, folder: Path | None) -> int:
             f"continue with: lopt train --resume {folder}"
         )
     return 0 if done else 128 + (stop.received or signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises TrainError if another process trains in the folder, where the system tells."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = f"another process is training in {str(folder)!r}: wait for it, or choose another --out"
+            raise TrainError(text) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_steps(config: Config, folder: Path) -> None:
+    """Raises TrainError, before anything is written, if a run has gone further than it is asked to."""
+    for rival in ("", *config.compare):
+        path = folder / rival.replace(":", "-") / "checkpoint.pt"
+        steps = (rival_config(config, rival) if rival else config).steps
+        if path.exists() and (taken := checkpoint.step_of(path)) > steps:
+            option = "--compare-steps" if rival and steps == config.compare_steps else "--steps"
+            raise TrainError(
+                f"{option} {steps} is less than the {taken} steps already taken{rival and f' by {rival}'}: give more"
+            )
 
 
 def rival_config(config: Config, rival: str) -> Config:

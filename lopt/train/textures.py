@@ -15,6 +15,7 @@ import argparse
 import importlib
 import os
 import shutil
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -87,15 +88,19 @@ def make(folder: Path, classes: int, train: int, val: int, size: int, seed: int 
     importlib.import_module("PIL.Image")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TrainError(f"{str(folder)!r} is not an empty folder: choose another")
-    unfinished = folder.with_name(folder.name + ".tmp")
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        unfinished.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise TrainError(f"{str(folder)!r} cannot be written ({error}): choose another") from error
     tasks = [
         (unfinished / part, seed, label, range(label, count, classes), size)
         for part, count in (("train", train), ("val", val))
         for label in range(classes)
     ]
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         if jobs == 1:
             for task in tasks:
                 _make_class(*task)
@@ -103,11 +108,20 @@ def make(folder: Path, classes: int, train: int, val: int, size: int, seed: int 
             with ProcessPoolExecutor(jobs) as pool:
                 list(pool.map(_make_class, *zip(*tasks, strict=True)))
         (unfinished / "README.txt").write_text(README.format(classes=classes, seed=seed))
-        os.replace(unfinished, folder)
+        if folder.exists():  # empty, and perhaps someone's working directory
+            for entry in unfinished.iterdir():
+                os.replace(entry, folder / entry.name)
+        else:
+            os.replace(unfinished, folder)
     except OSError as error:
         raise TrainError(f"{str(folder)!r} cannot be written ({error}): free space, or choose another") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def _make_class(part: Path, seed: int, label: int, numbers: range, size: int) -> None:

@@ -209,6 +209,31 @@ def test_resuming_allows_more_steps_and_refuses_another_experiment(tmp_path: Pat
     assert [row[:6] for row in rows] == [row[:6] for row in whole]
 
 
+def test_fewer_steps_than_were_taken_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(*QUICK, "--steps", 8, "--compare", "sgd", "--out", folder) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for options, said in (
+        (["--steps", 5], "--steps 5 is less than the 8 steps already taken: give more"),
+        (["--compare-steps", 3], "--compare-steps 3 is less than the 8 steps already taken by sgd: give more"),
+    ):
+        with pytest.raises(TrainError, match=said):
+            run("--resume", folder, *options)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "run"
+    assert run(*QUICK, "--out", folder) == 0
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(TrainError, match="another process is training in .* or choose another --out"):
+        run("--resume", folder, "--steps", 14)
+    os.close(held)
+    assert run("--resume", folder, "--steps", 14) == 0
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert run(*QUICK, "--out", tmp_path / "run") == 0
     before = [(tmp_path / "run" / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")]

@@ -139,9 +139,19 @@ def test_a_folder_that_is_no_image_folder_is_refused_with_what_is_missing(
     with pytest.raises(TrainError, match="class 'third'"):
         open_data(str(tree))
     (tree / "val" / "third").rmdir()
+    (tree / "train" / ".ipynb_checkpoints").mkdir()
+    assert open_data(str(tree)).classes == 2
+    (tree / "train" / "third").mkdir()
+    with pytest.raises(TrainError, match="train/third' holds no image .* or remove the folder"):
+        open_data(str(tree))
+    (tree / "train" / "third").rmdir()
     for path in (tree / "val").rglob("*.jpg"):
+        path.rename(tree / "val" / f"{path.parent.name}-{path.name}")
+    with pytest.raises(TrainError, match="they must lie in a folder for each class, such as val/"):
+        open_data(str(tree))
+    for path in (tree / "val").glob("*.jpg"):
         path.unlink()
-    with pytest.raises(TrainError, match="holds no image"):
+    with pytest.raises(TrainError, match="holds no image .* add some"):
         open_data(str(tree))
 
 

@@ -222,9 +222,3 @@ def test_a_config_is_loaded_as_it_was_saved_and_a_changed_one_refused(tmp_path: 
     path.write_text("{")
     with pytest.raises(TrainError, match="not the configuration of a run"):
         Config.load(path)
-
-
-def test_fewer_steps_than_were_taken_are_refused(data: Digits, tmp_path: Path) -> None:
-    train(CONFIG, data, tmp_path / "run", StopAfter(9))
-    with pytest.raises(TrainError, match="--steps 5 is less than the 9 steps"):
-        train(replace(CONFIG, steps=5), data, tmp_path / "run")

@@ -221,7 +221,10 @@ def test_rows_tell_where_the_time_of_a_step_goes_on_the_console_and_in_tensorboa
 
     train(replace(CONFIG, ema=0.5), data, tmp_path)
     for row in read_metrics(tmp_path / "metrics.csv"):
-        speed, waited, optimizer = (float(text) for text in row[9:12])
+        named = dict(zip(COLUMNS, row, strict=True))
+        speed, waited, optimizer = (
+            float(named[name]) for name in ("images_per_second", "data_seconds", "optimizer_seconds")
+        )
         assert waited > 0 and optimizer > 0
         assert waited + optimizer < CONFIG.batch_size / speed
     assert "data" in (said := capfd.readouterr().err) and "optimizer" in said

@@ -28,7 +28,7 @@ from lopt.train.config import Config
 from lopt.train.data import Digits
 from lopt.train.group import ALONE, Group
 from lopt.train.loop import Training
-from lopt.train.metrics import read_metrics
+from lopt.train.metrics import COLUMNS, read_metrics
 from lopt.train.runs import train_all
 from lopt.train.stop import StopRequest
 
@@ -237,11 +237,36 @@ def batch_norm_evaluates_with_the_statistics_that_are_saved(folder: Path) -> Non
             training.group.max([0.0])
             again.restore(folder / f"{mode}-norm" / "checkpoint.pt")
             scores = again._evaluate(StopRequest())
-        row = read_metrics(folder / f"{mode}-norm" / "metrics.csv")[-1]
-        for place, value in zip((4, 5, 6, 7, 8), scores.values(), strict=True):
-            assert float(row[place]) == pytest.approx(value, rel=1e-4)
+        row = dict(zip(COLUMNS, read_metrics(folder / f"{mode}-norm" / "metrics.csv")[-1], strict=True))
+        assert len(scores) == 6
+        for name, value in scores.items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-4)
         mean = training.model[1].running_mean
         assert training.group.max(mean.tolist()) == mean.tolist()
+
+
+@on_two_processes
+def a_checkpoint_amid_a_row_does_not_change_its_means(folder: Path) -> None:
+    rows = []
+    for name, every in (("none", 100), ("each", 1)):
+        config = replace(CONFIG, steps=6, log_every=6, eval_every=6, checkpoint_every=every)
+        with plain_model():
+            train(config, folder / f"row-{name}", Group(dist.get_rank(), WORLD))
+        rows.append(read_metrics(folder / f"row-{name}" / "metrics.csv")[-1][:9])
+    assert rows[0] == rows[1]
+
+
+@on_two_processes
+def a_signal_that_torchrun_passes_on_is_not_a_second_one(folder: Path) -> None:
+    os.environ["WORLD_SIZE"], before = str(WORLD), os.environ.get("WORLD_SIZE")
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        stop._since -= 60
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    os.environ.pop("WORLD_SIZE") if before is None else os.environ.update(WORLD_SIZE=before)
 
 
 @on_two_processes

@@ -15,7 +15,7 @@ def write(path: Path, rows: int, rate: float) -> Path:
     for step in range(1, rows + 1):
         accuracy = 1 - np.exp(-rate * step)
         test = f"{accuracy * 0.5},{accuracy * 0.99}" if step % 10 == 0 else ","
-        lines.append(f"{step},{step / 20},{np.exp(-rate * step)},{accuracy},{test},,,,1000,0,0,{step}")
+        lines.append(f"{step},{step / 20},{np.exp(-rate * step)},{accuracy},{test},,,,,1000,0,0,{step}")
     path.write_text("\n".join(lines) + "\n")
     return path
 

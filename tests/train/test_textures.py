@@ -67,6 +67,18 @@ def test_a_folder_with_files_and_numbers_that_make_no_folder_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_lies_beside_the_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / "mine.tmp" / "notes").write_text("kept")
+    textures.make(tmp_path / "mine", 2, 2, 2, 32)
+    assert (tmp_path / "mine.tmp" / "notes").read_text() == "kept"
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    textures.make(Path("."), 2, 2, 2, 32)
+    assert sorted(path.name for path in here.iterdir()) == ["README.txt", "train", "val"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "mine", "mine.tmp"]
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textures, "picture", lambda kind, rng, size: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
