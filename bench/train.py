@@ -1,10 +1,10 @@
 """How fast training goes with each optimizer: images per second, the optimizer's share of a step, peak memory.
 
 Steps are those of `lopt train` on synthetic images, so that reading files costs nothing: HRNN by each fused backend,
-with float32 and compact state, beside fused AdamW and SGD with momentum, foreach or, in fp16, fused. Contenders take turns, round after
-round, and a row is the median over the rounds; warm-up stays outside. Peak memory is what a step has beyond what was
-there before its model was made: of a GPU what torch allocated, of a CPU the resident set. The rows of a contender
-differ in their unit: img/s, "optimizer share" of the time of a step, and B for the peak.
+with float32 and compact state, beside fused AdamW and SGD with momentum, foreach or, in fp16, fused. Contenders take
+turns, round after round, and a row is the median over the rounds; warm-up stays outside. Peak memory is what a step has
+beyond what was there before its model was made: of a GPU what torch allocated, of a CPU the resident set. The rows of a
+contender differ in their unit: img/s, "optimizer share" of the time of a step, and B for the peak.
 """
 
 from __future__ import annotations
