@@ -39,7 +39,7 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
-INIT_LR, BASE_FAN_IN = 3e-3, 40  # defaults; above this fan-in their product is what counts
+INIT_LR, BASE_FAN_IN, BASE_DEPTH = 3e-3, 40, 2  # defaults
 LIKELY_A_LEARNING_RATE = 0.05
 PLANS = 2  # of a device: parameters may take turns in having gradients
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
@@ -49,6 +49,7 @@ OPTIONS = {
     "init_lr": INIT_LR,
     "weight_decay": 0.0,
     "base_fan_in": BASE_FAN_IN,
+    "base_depth": BASE_DEPTH,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -121,6 +122,9 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
+        base_depth: with more matrices than this, parameters of two or more dimensions, all steps are multiplied by the
+            root of base_depth / matrices, as Adam's are by depth in "Tensor Programs VI" (Yang, Yu, Zhu, Hayou 2024):
+            the steps of many layers add up in the output, and meta-training knows few. None: the paper's rule.
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
             the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.2 of a tensor's
             largest distance from its start over sqrt(1 + step).
@@ -163,6 +167,7 @@ class HRNN(Optimizer):
         init_lr: float = INIT_LR,
         weight_decay: float = 0.0,
         base_fan_in: float | None = BASE_FAN_IN,
+        base_depth: float | None = BASE_DEPTH,
         min_lr: float | None = None,
         maximize: bool = False,
         state_format: str = "float32",
@@ -183,6 +188,7 @@ class HRNN(Optimizer):
             "init_lr": init_lr,
             "weight_decay": weight_decay,
             "base_fan_in": base_fan_in,
+            "base_depth": base_depth,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -219,6 +225,7 @@ class HRNN(Optimizer):
         self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
         self._metas: dict[torch.device, MetaParams] = {}  # the meta-parameters there, one vector, as operators take it
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
+        self._matrices: int | None = None  # parameters of two or more dimensions; counted at the next step
 
     @staticmethod
     def memory(
@@ -265,7 +272,7 @@ class HRNN(Optimizer):
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._sharded = None
+        self._sharded = self._matrices = None
         self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
@@ -434,7 +441,9 @@ class HRNN(Optimizer):
         if not groups:
             return loss
         listed = self._list(tensors, None if shards is None else shards.params)
-        rates = _rates(groups, listed.fan_in)
+        if self._matrices is None:
+            self._matrices = sum(param.dim() > 1 for group in self.param_groups for param in group["params"])
+        rates = _rates(groups, listed.fan_in, self._matrices)
         columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
@@ -756,16 +765,23 @@ def _sparse() -> RuntimeError:
     )
 
 
-def _rates(groups: Sequence[Group], fan_in: Sequence[int]) -> list[float | Tensor]:
-    """Factor of the learned step of each tensor: its group's lr, less where its fan-in is above the group's base."""
+def shortening(fan_in: int, matrices: int, base_fan_in: float | None, base_depth: float | None) -> float:
+    """What the steps of a tensor are multiplied by for its own inputs and the number of all matrices, at most 1."""
+    width = 1.0 if base_fan_in is None else min(1.0, base_fan_in / max(fan_in, 1))
+    return width if base_depth is None else width * min(1.0, math.sqrt(base_depth / max(matrices, 1)))
+
+
+def _rates(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> list[float | Tensor]:
+    """Factor of the learned step of each tensor: its group's lr, less for a wide tensor or one among many."""
     products: dict[tuple[int, float], float | Tensor] = {}
     rates: list[float | Tensor] = []
     for group, inputs in zip(groups, fan_in, strict=True):
-        lr, base = group["lr"], group["base_fan_in"]
-        if base is not None and inputs > base:
-            key = (id(lr), base / inputs)
+        lr = group["lr"]
+        factor = shortening(inputs, matrices, group["base_fan_in"], group["base_depth"])
+        if factor < 1:
+            key = (id(lr), factor)
             if key not in products:  # of a tensor: one launch for each of a few widths
-                products[key] = lr * (base / inputs)
+                products[key] = lr * factor
             lr = products[key]
         rates.append(lr)
     return rates
@@ -817,6 +833,8 @@ def _check_group(group: Group) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be finite and >= 0")
     if (base := group["base_fan_in"]) is not None and not 0 < base:
         raise ValueError(f"Invalid base_fan_in: {base}; it is a positive number of inputs, or None for no limit")
+    if (base := group["base_depth"]) is not None and not 0 < base:
+        raise ValueError(f"Invalid base_depth: {base}; it is a positive number of matrices, or None for no limit")
     for name in ("foreach", "differentiable"):
         if group[name]:
             raise ValueError(f"HRNN has no {name} implementation: leave {name} at its default")

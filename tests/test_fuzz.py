@@ -82,6 +82,7 @@ options = st.fixed_dictionaries(
         "init_lr": st.sampled_from([1e-30, 1e-3, 0.1, 1e10]),
         "weight_decay": st.sampled_from([0.0, 0.1, 1e9]),
         "base_fan_in": st.sampled_from([None, 0.5, 20]),
+        "base_depth": st.sampled_from([None, 0.5, 4]),
         "maximize": st.booleans(),
     },
 )
@@ -122,7 +123,10 @@ def saved_and_loaded(optimizer: HRNN) -> HRNN:
             own.data = param.detach().clone() if own.stride() == param.stride() else copy.deepcopy(param.detach())
             own.grad = param.grad
         groups.append({"params": copies})
-    defaults = {name: optimizer.defaults[name] for name in ("lr", "init_lr", "weight_decay", "base_fan_in", "maximize")}
+    defaults = {
+        name: optimizer.defaults[name]
+        for name in ("lr", "init_lr", "weight_decay", "base_fan_in", "base_depth", "maximize")
+    }
     resumed = HRNN(groups, meta=optimizer.meta, backend=optimizer.backend, **defaults)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     return resumed

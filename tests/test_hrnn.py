@@ -35,6 +35,9 @@ METAS = {
 }
 
 
+FREE: dict[str, Any] = {"base_fan_in": None, "base_depth": None}  # steps of all tensors are as long
+
+
 class Place(NamedTuple):
     """A backend and a device it runs on."""
 
@@ -221,6 +224,26 @@ def test_steps_of_wide_tensors_are_shorter_by_their_fan_in(place, kind):
     assert moved == [share < 1 for share in shares]
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
+def test_steps_of_many_matrices_are_shorter_by_the_root_of_their_number(place, kind):
+    shapes = ((3, 40), (3,), (2, 80), (), (2, 2, 2))  # of a fan-in of 80 steps are half as long besides
+    deep, plain = place.params(*shapes), place.params(*shapes)
+    rates = [2.0 * share for share in (0.5, 0.5, 0.25, 0.5, 0.5)]
+    optimizers = (
+        place.hrnn(deep[:2], lr=kind(2.0), base_depth=0.75),
+        place.hrnn([{"params": [param], "lr": rate} for param, rate in zip(plain, rates, strict=True)], **FREE),
+    )
+    optimizers[0].add_param_group({"params": deep[2:]})
+    for optimizer in optimizers:
+        train(optimizer, 3)
+    torch.testing.assert_close(deep, plain, rtol=1e-6, atol=1e-9)
+    as_many = place.hrnn(place.params(*shapes), base_depth=3)
+    free = place.hrnn(place.params(*shapes), base_depth=None)
+    for optimizer in (as_many, free):
+        train(optimizer, 3)
+    assert_same(content(as_many), content(free))
+
+
 def test_min_lr_bounds_what_learned_rates_approach(place):
     torch.manual_seed(0)
     params, options, steps = (place.params(), place.params()), {"meta": None, "init_lr": 0.1}, 10
@@ -371,6 +394,7 @@ def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
         ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
         ({"init_lr": 0.0}, "Invalid init_lr: 0"),
         ({"base_fan_in": 0}, "Invalid base_fan_in: 0"),
+        ({"base_depth": -1}, "Invalid base_depth: -1"),
         ({"min_lr": 0}, "Invalid min_lr: 0"),
         ({"min_lr": math.inf}, "Invalid min_lr: inf"),
         ({"foreach": True}, "no foreach implementation"),
@@ -406,7 +430,7 @@ def test_construction_speaks_as_torch_does_about_bad_parameters(params, error, m
 
 def test_an_absent_backend_is_refused_by_name_with_what_is_usable():
     (param,) = Place("reference", "cpu").params((2,))
-    for name in {"cpu", "cuda", "triton"} - {place.backend for place in PLACES}:
+    for name in (name for name, reason in backends.available().items() if reason is not None):
         with pytest.raises((ValueError, RuntimeError), match=f"{name}.*reference"):
             HRNN([param], backend=name).step()
 

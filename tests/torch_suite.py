@@ -77,7 +77,15 @@ def entries() -> list[OptimizerInfo]:
     common: dict[str, Any] = {
         "optim_inputs_func": inputs,
         "optim_error_inputs_func": common_optimizers.get_error_inputs_for_all_optims,
-        "not_og_supported_flags": ("maximize", "capturable", "fused", "init_lr", "base_fan_in", "train_mode"),
+        "not_og_supported_flags": (
+            "maximize",
+            "capturable",
+            "fused",
+            "init_lr",
+            "base_fan_in",
+            "base_depth",
+            "train_mode",
+        ),
         "has_capturable_arg": True,
     }
     chosen = fastest()

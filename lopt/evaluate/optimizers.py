@@ -30,7 +30,7 @@ class Setting:
         lr: of the optimizer; HRNN's is a factor.
         schedule: "constant", or "cosine" to zero at the end.
         weight_decay: decoupled.
-        init_lr, base_fan_in: HRNN's. loss_scale: the optimizer sees gradients times this.
+        init_lr, base_fan_in, base_depth: HRNN's. loss_scale: the optimizer sees gradients times this.
         weights: digest of HRNN's meta-parameters.
     """
 
@@ -40,6 +40,7 @@ class Setting:
     weight_decay: float = 0.0
     init_lr: float | None = None
     base_fan_in: float | None = None
+    base_depth: float | None = None
     loss_scale: float = 1.0
     weights: str | None = None
 
@@ -189,6 +190,7 @@ def _object(
             meta=weights[setting.weights],
             init_lr=setting.init_lr,
             base_fan_in=setting.base_fan_in,
+            base_depth=setting.base_depth,
             weight_decay=setting.weight_decay,
         )
     if setting.optimizer == "prodigy":

@@ -71,12 +71,22 @@ class Network:
         raise NotImplementedError
 
 
+def _shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    shape = (len(x), *[1] * (x.dim() - 2), -1)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
 def batch_norm(x: Tensor, scale: Tensor, shift: Tensor, fit: int) -> Tensor:
     """Over the first `fit` samples and all positions: [count, m, .., c], [count, c], [count, c]."""
     axes = tuple(range(1, x.dim() - 1))
     mean = x[:, :fit].mean(axes, keepdim=True)
     variance = (x[:, :fit] - mean).square().mean(axes, keepdim=True)
-    return networks.shifted((x - mean) * torch.rsqrt(variance + NORM_EPS), scale, shift)
+    return _shifted((x - mean) * torch.rsqrt(variance + NORM_EPS), scale, shift)
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Over the last dimension: [count, .., c], [count, c], [count, c]."""
+    return _shifted(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale, shift)
 
 
 class MLP(Network):
@@ -100,7 +110,7 @@ class MLP(Network):
         for begin in range(0, len(params) - 2, each):
             weight, bias, *scale_shift = params[begin : begin + each]
             x = affine(x, weight, bias)
-            x = self.activation(networks.token_norm(x, *scale_shift) if self.normed else x)
+            x = self.activation(layer_norm(x, *scale_shift) if self.normed else x)
         return affine(x, *params[-2:])
 
 
@@ -220,7 +230,7 @@ class TextGRU(Network):
 
 
 class Blocks:
-    """Transformer blocks of `networks.transformer`, with the shapes and starts of torch.nn.
+    """Pre-norm transformer blocks: attention, and two layers with a GELU between them, of twice the width.
 
     Args:
         width: of the tokens. heads: that divide it. count: of blocks.
@@ -231,12 +241,21 @@ class Blocks:
         self.heads, self.causal = heads, causal
         block = norm(width) + linear(width, 3 * width) + linear(width, width)
         block += norm(width) + linear(width, 2 * width) + linear(2 * width, width)
-        self.starts = block * count
+        self.each, self.starts = len(block), block * count
 
     def __call__(self, params: Params, h: Tensor) -> Tensor:
         """[count, m, tokens, width] -> the same; `params` are those of `starts`."""
-        turned = [param.mT if param.dim() == 3 else param for param in params]
-        return networks.transformer(h, turned, self.heads, causal=self.causal)
+        for begin in range(0, len(params), self.each):
+            own = params[begin : begin + self.each]
+            read = affine(layer_norm(h, *own[:2]), *own[2:4]).unflatten(-1, (3, self.heads, -1))
+            query, key, value = read.movedim(-3, 0).transpose(-3, -2)  # [count, m, heads, tokens, width / heads] each
+            scores = query @ key.mT / math.sqrt(query.shape[-1])
+            if self.causal:
+                scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+            seen = torch.softmax(scores, -1) @ value
+            h = h + affine(seen.transpose(-3, -2).flatten(-2), *own[4:6])
+            h = h + affine(F.gelu(affine(layer_norm(h, *own[6:8]), *own[8:10])), *own[10:12])
+        return h
 
 
 def _positions(tokens: int, width: int) -> Start:
@@ -256,7 +275,7 @@ class Transformer(Network):
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
         patches = x.unflatten(-1, (4, 2, 4, 2)).transpose(3, 4).flatten(4).flatten(2, 3)  # [count, m, 16, 4]
         h = affine(patches, *params[:2]) + params[2][:, None]
-        return affine(networks.token_norm(self.blocks(params[3:-4], h), *params[-4:-2]).mean(2), *params[-2:])
+        return affine(layer_norm(self.blocks(params[3:-4], h), *params[-4:-2]).mean(2), *params[-2:])
 
 
 class TextTransformer(Network):
@@ -270,7 +289,7 @@ class TextTransformer(Network):
 
     def __call__(self, params: Params, x: Tensor, fit: int) -> Tensor:
         h = _embed(x, params[0]) + params[1][:, None]
-        return affine(networks.token_norm(self.blocks(params[2:-4], h), *params[-4:-2]), *params[-2:])
+        return affine(layer_norm(self.blocks(params[2:-4], h), *params[-4:-2]), *params[-2:])
 
 
 class DataSet(NamedTuple):
@@ -328,6 +347,7 @@ def _flower(image: np.ndarray) -> DataSet:
 def _patches(image: np.ndarray, count: int = 1797, classes: int = 10) -> DataSet:
     """8 x 8 patches of a photograph in grey that are not all of one brightness; their classes are clusters of them."""
     from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped,unused-ignore]
 
     grey = F.avg_pool2d(torch.from_numpy(image.copy()).double().mean(-1)[None], 2)[0].numpy()
     rng, sizes = np.random.default_rng(0), np.array(grey.shape) - 8
@@ -335,9 +355,11 @@ def _patches(image: np.ndarray, count: int = 1797, classes: int = 10) -> DataSet
     x = np.stack([grey[row : row + 8, column : column + 8].ravel() for row, column in zip(rows, columns, strict=True)])
     x = x[x.std(1) > 8][:count]
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
-    y = torch.from_numpy(KMeans(classes, random_state=0, n_init=3).fit_predict(x)).long()
     train = len(x) - round(TEST_SHARE * len(x))
-    return DataSet(_standardised(torch.from_numpy(x), train, by_feature=False), y, train)
+    with threadpool_limits(1):  # sums of several threads differ in their last bits, and results are kept by data
+        y = torch.from_numpy(KMeans(classes, random_state=0, n_init=3).fit_predict(x)).long()
+        x = (x - x[:train].mean()) / x[:train].std()
+    return DataSet(torch.from_numpy(x).float(), y, train)
 
 
 def _prose(texts: Sequence[str]) -> DataSet:

@@ -124,7 +124,7 @@ def replay(path: str | os.PathLike[str], backend: str = "reference") -> Arrays:
     meta = MetaParams.from_tf(_subset(recording, "meta/"), config)
     count, steps = int(recording["n_tensors"]), int(recording["T"])
     params = [torch.nn.Parameter(torch.from_numpy(recording[f"param0/{i}"].copy())) for i in range(count)]
-    optimizer = HRNN(params, meta=meta, base_fan_in=None, backend=backend)
+    optimizer = HRNN(params, meta=meta, base_fan_in=None, base_depth=None, backend=backend)
     _set_start(optimizer, params, recording)
     out: dict[str, list[np.ndarray]] = {}
     for t in range(steps):

@@ -346,33 +346,6 @@ def long_mixes() -> list[list[Task]]:
     ]
 
 
-def wide_mixes() -> list[list[Task]]:
-    """Ten thousand parameters and more: transformers that stay where they began if steps are too long for their depth
-    and width, and wide networks of the other kinds."""
-    relu = torch.relu
-    return [
-        [
-            nets.Transformer(16, 4, 16, 2, 4, outputs=10, samples=1024, batch=16),
-            nets.MLP((64, 64), relu, features=64, outputs=10, samples=768, batch=24, noise=0.2, modes=3),
-        ],
-        [nets.Transformer(16, 2, 24, 4, 3, outputs=8, samples=1024, batch=16, noise=0.1, modes=8)],
-        [
-            nets.CausalLanguage(24, 16, 16, 2, 4, batch=8, samples=512),
-            nets.Language(24, 16, 24, batch=8, samples=512),
-        ],
-        [nets.Transformer(8, 8, 20, 4, 4, outputs=10, samples=1024, batch=16, modes=10)],
-        [
-            nets.MLP((48,) * 6, relu, features=64, outputs=10, samples=768, batch=24, modes=6),
-            nets.Conv((12, 16, 16), 6, outputs=8, samples=256, batch=16),
-        ],
-    ]
-
-
-def large_mixes() -> list[list[Task]]:
-    """The hard ones and the wide ones."""
-    return [*hard_mixes(), *wide_mixes()]
-
-
 def paper_mixes() -> list[list[Task]]:
     """Each of the original's 101 tasks alone."""
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
@@ -443,14 +416,6 @@ DEFAULT = Recipe(
 # From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-11`.
 REFINE = Recipe(config=SHIPPED_CONFIG, minutes=60, validate_every=150, stages=(REFINE_STAGE,))
 
-# For larger networks: `lopt meta-train --recipe widen --start hrnn-10`.
-WIDEN = Recipe(
-    config=SHIPPED_CONFIG,
-    minutes=60,
-    validate_every=150,
-    stages=(dataclasses.replace(REFINE_STAGE, name="widen", meta_steps=2600, mixes=large_mixes, rows=48, lr=1e-3),),
-)
-
 # For long trainings: `lopt meta-train --recipe lengthen --start hrnn-11`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
@@ -508,9 +473,9 @@ PAPER = Recipe(
             full_loss=True,
             second_order=True,
             sampled=5,
-            augment=Augment((1e-4, 1e-4), 1.33, 1.33, loss_scale=(1.0, 1.0), base_fan_in=None),
+            augment=Augment((1e-4, 1e-4), 1.33, 1.33, loss_scale=(1.0, 1.0), base_fan_in=None, base_depth=None),
         ),
     ),
 )
 
-RECIPES = {"default": DEFAULT, "refine": REFINE, "widen": WIDEN, "lengthen": LENGTHEN, "paper": PAPER}
+RECIPES = {"default": DEFAULT, "refine": REFINE, "lengthen": LENGTHEN, "paper": PAPER}

@@ -22,7 +22,7 @@ from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, Summary, affine, damp, gru, sums_columns, travel
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
-from lopt.hrnn import BASE_FAN_IN
+from lopt.hrnn import BASE_DEPTH, BASE_FAN_IN, shortening
 from lopt.meta.tasks.base import Data, Random, Task
 from lopt.state import FACTOR, SAMPLES, UNDAMPED
 from lopt.train.group import ALONE, Group
@@ -73,7 +73,7 @@ class Augment:
         lr_tensor, lr_param: standard deviations of the jitter of a tensor's and a parameter's initial log lr.
         scale: of each tensor's parameters, log-uniform; (1, 1) for none.
         loss_scale: of each task's loss, log-uniform.
-        base_fan_in: of `lopt.HRNN`: steps of a tensor of more inputs are shorter by their ratio.
+        base_fan_in, base_depth: of `lopt.HRNN`: steps of tensors with more inputs, and of more matrices, are shorter.
     """
 
     lr: tuple[float, float] = (1e-4, 3e-2)
@@ -82,6 +82,7 @@ class Augment:
     scale: tuple[float, float] = (1.0, 1.0)
     loss_scale: tuple[float, float] = (1e-4, 1e4)
     base_fan_in: float | None = BASE_FAN_IN
+    base_depth: float | None = BASE_DEPTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,11 +366,12 @@ class World:
         self.loss_scale[:, p] = random.log_uniform(rows, low=augment.loss_scale[0], high=augment.loss_scale[1])
         begin = self.mix.problems.bounds[p][0]
         of_task = random.log_uniform(rows, 1, low=augment.lr[0], high=augment.lr[1]).log()
+        matrices = sum(len(shape) > 1 for shape in task.shapes)
         for size, inputs in zip(task.sizes, task.fan_in, strict=True):
             own = of_task + augment.lr_tensor * random.normal(rows, 1) + augment.lr_param * random.normal(rows, size)
             log_lr[:, begin : begin + size] = own
             scale = random.log_uniform(rows, 1, low=augment.scale[0], high=augment.scale[1])
-            shorter = 1.0 if augment.base_fan_in is None else min(1.0, augment.base_fan_in / inputs)
+            shorter = shortening(inputs, matrices, augment.base_fan_in, augment.base_depth)
             self.scale[:, begin : begin + size] = scale * shorter
             begin += size
 

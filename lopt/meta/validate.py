@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lopt.config import HRNNConfig
-from lopt.hrnn import BASE_FAN_IN, INIT_LR
+from lopt.hrnn import BASE_DEPTH, BASE_FAN_IN, INIT_LR
 from lopt.meta.estimators import unflatten
 from lopt.meta.tasks import Random, Task
 from lopt.meta.tasks import networks as nets
@@ -94,10 +94,13 @@ def _world(
     seed: int,
     init_lr: float,
     base_fan_in: float | None,
+    base_depth: float | None,
     device: torch.device,
 ) -> World:
     random = Random(torch.Generator(device).manual_seed(seed), repeat)
-    augment = Augment((init_lr, init_lr), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=base_fan_in)
+    augment = Augment(
+        (init_lr, init_lr), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=base_fan_in, base_depth=base_depth
+    )
     world = World(Mix(tasks, config, device), rows, random, Draw(1e9), augment, Curve())
     world.fresh = False
     return world
@@ -112,9 +115,10 @@ def learned(
     seed: int = 1,
     init_lr: float = INIT_LR,
     base_fan_in: float | None = BASE_FAN_IN,
+    base_depth: float | None = BASE_DEPTH,
 ) -> Tensor:
     """Losses of training the tasks with the learned optimizer: [K, rows, P]."""
-    world = _world(tasks, meta.config, rows, 1, seed, init_lr, base_fan_in, meta.device)
+    world = _world(tasks, meta.config, rows, 1, seed, init_lr, base_fan_in, base_depth, meta.device)
     with torch.no_grad():
         named = unflatten(meta.config, meta.flat())
         world.restart(named)
@@ -125,7 +129,7 @@ def adam(
     tasks: Sequence[Task], steps: int, *, rows: int = 2, seed: int = 1, rates: Sequence[float] = ADAM_RATES
 ) -> Tensor:
     """Losses of training the same tasks with Adam: [rates, K, rows, P]."""
-    world = _world(tasks, HRNNConfig(), len(rates) * rows, len(rates), seed, INIT_LR, None, torch.device("cpu"))
+    world = _world(tasks, HRNNConfig(), len(rates) * rows, len(rates), seed, INIT_LR, None, None, torch.device("cpu"))
     with torch.no_grad():
         world.restart(MetaParams.init())
     mix, theta = world.mix, world.theta

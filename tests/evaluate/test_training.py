@@ -59,6 +59,7 @@ def alone(task, setting, seed, steps):
             meta=meta,
             init_lr=setting.init_lr,
             base_fan_in=setting.base_fan_in,
+            base_depth=setting.base_depth,
             weight_decay=setting.weight_decay,
         )
     else:

@@ -113,9 +113,6 @@ NETWORKS = [
     networks.GRU(noise=0.1),
     networks.GRU(modes=2),
     networks.Language(),
-    networks.Transformer(),
-    networks.Transformer(modes=2),
-    networks.CausalLanguage(),
 ]
 
 

@@ -175,7 +175,7 @@ def test_steps_are_those_of_the_front_end(task: networks.Network):
     config = HRNNConfig(level_sizes=(4, 5, 6), ms_eps=1e-30, rms_eps=1e-30, log_lr_min=-9.0)
     meta = MetaParams.init(config, seed=2)
     random = Random(torch.Generator().manual_seed(0))
-    augment = Augment((3e-2, 3e-2), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=20)
+    augment = Augment((3e-2, 3e-2), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=20, base_depth=2)
     world = World(Mix([task], config), 1, random, Draw(1000), augment, Objective())
     world.restart(meta)
     parts = [part.view(shape) for part, shape in zip(world.theta[0].split(task.sizes), task.shapes, strict=True)]
@@ -186,7 +186,7 @@ def test_steps_are_those_of_the_front_end(task: networks.Network):
     params = [
         torch.nn.Parameter((part.T if flip else part).clone()) for part, flip in zip(parts, inputs_first, strict=True)
     ]
-    optimizer = lopt.HRNN(params, meta=meta, init_lr=3e-2, base_fan_in=20, backend="reference")
+    optimizer = lopt.HRNN(params, meta=meta, init_lr=3e-2, base_fan_in=20, base_depth=2, backend="reference")
     for _ in range(4):
         optimizer.zero_grad()
         seen = [(param.T if flip else param)[None] for param, flip in zip(params, inputs_first, strict=True)]
