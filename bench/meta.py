@@ -25,7 +25,7 @@ from lopt.meta.recipe import ESTIMATORS, RECIPES, Recipe, Stage
 from lopt.meta.tasks import Random
 from lopt.meta.unroll import World
 from lopt.metaparams import MetaParams
-from lopt.train.arguments import current_device, positive, whole
+from lopt.train.arguments import current_device, not_negative, whole
 from lopt.train.group import ALONE, Group
 
 
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole(1), nargs="+", default=[1], help="CPU threads of a process to try (default: 1)"
     )
     parser.add_argument("--rounds", type=whole(1), default=7, help="turns of all mixes (default: 7)")
-    parser.add_argument("--budget", type=positive, default=60.0, help="seconds per stage (default: 60)")
+    parser.add_argument("--budget", type=not_negative, default=60.0, help="seconds per stage (default: 60)")
     parser.add_argument(
         "--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)"
     )

@@ -23,7 +23,7 @@ import lopt
 from lopt import backends
 from lopt.backends import reference
 from lopt.bench.results import Row, append, commit, default_path, device_name, load, quantiles, today
-from lopt.train.arguments import current_device, positive, whole
+from lopt.train.arguments import current_device, not_negative, whole
 
 SIZES = {"1k": 1_000, "100k": 100_000, "1M": 1_000_000, "10M": 10_000_000}
 MODELS = {
@@ -296,7 +296,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=whole(1), nargs="+", help="CPU threads to try (default: 1 and all)")
     parser.add_argument("--rounds", type=whole(1), default=9, help="turns of each contender (default: 9)")
-    parser.add_argument("--budget", type=positive, default=10.0, help="seconds per contender and case (default: 10)")
+    parser.add_argument(
+        "--budget", type=not_negative, default=10.0, help="seconds per contender and case (default: 10)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the reference")
     parser.add_argument(
         "--out", type=Path, default=None, help="CSV file to append to (default: bench/results.csv of the checkout)"

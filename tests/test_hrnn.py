@@ -308,7 +308,7 @@ def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_orde
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
     params[1].data = params[1].data.T.contiguous().T
     starts = [real(param.detach()).clone() for param in params]
-    optimizer = place.hrnn(params, meta=MetaParams.init(config, seed=1), lr=0.5, base_fan_in=None, init_lr=0.01)
+    optimizer = place.hrnn(params, meta=MetaParams.init(config, seed=1), lr=0.5, init_lr=0.01, **FREE)
     for step in range(6):
         give_gradients(params, step)
         params[4].grad = params[4].grad if step % 2 else None  # what takes part changes, and

@@ -13,6 +13,7 @@ Checked by tests/backends/test_reference.py against recordings of the original c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -589,6 +590,13 @@ def _views(buffer: Tensor, tensors: Sequence[Tensor], state: Sequence[Tensor] | 
     return views
 
 
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, products are in the dtype of their factors, also where the caller is under autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @torch.no_grad()
 def advance(
     meta: MetaParams,
@@ -650,7 +658,7 @@ def advance(
         old = compact.decode(old, compact.limit(meta), dtype)
     steps = torch.stack(list(step))
     started = segments.expand(steps > 0)
-    with torch.autocast(sums.device.type, enabled=False):
+    with _without_autocast(sums.device):
         decays = read_decays(meta, config, old["hidden"])
     grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in decays)
     state = FlatState(
@@ -665,7 +673,7 @@ def advance(
         damping=torch.stack(list(damping)) if damping else None,
         distance=torch.stack(list(distance)) if distance else None,
     )
-    with torch.autocast(sums.device.type, enabled=False):
+    with _without_autocast(sums.device):
         new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0
     kept = {"hidden": new.hidden, "accum": new.accum, "ms": new.ms}
@@ -714,7 +722,7 @@ def summarise(
     """
     config = meta.config
     meta = meta.to(dtype=sums.dtype, device=sums.device)
-    with torch.autocast(sums.device.type, enabled=False):
+    with _without_autocast(sums.device):
         summary = summarise_flat(
             meta,
             config,

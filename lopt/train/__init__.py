@@ -1,6 +1,7 @@
 """What `lopt train` runs: data, models, the training loop, checkpoints and plots around any torch optimizer.
 
 command.py     options -> Config, validated before anything is written
+arguments.py   values of options, checked where they are parsed; other commands use it too
 config.py      everything that decides what a run computes
 runs.py        a run and those it is compared with, each in its folder
 loop.py        Config -> a trained model, metrics.csv and checkpoint.pt in a run folder
