@@ -32,7 +32,7 @@ from lopt.metaparams import MetaParams
 OTHER_TILES = [Tile(128, 2, None), Tile(256, 4, None), Tile(256, 2, None), Tile(512, 4, None)]
 INTEGERS = ("tensors", "n", "tiles", "total", "per_program", "weight_stride", "columns")
 POINTERS = {
-    **dict.fromkeys(("table", "begins", "firsts"), "*i64"),
+    **dict.fromkeys(("table", "begins", "firsts", "places"), "*i64"),
     **dict.fromkeys(("chunks", "tickets", "ticket", "slots", "owners"), "*i32"),
 }  # the others are to float32
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([^;]*);")
