@@ -823,9 +823,8 @@ def _check_group(group: Group) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        if not lr.is_meta and not 0 <= lr.item() < math.inf:
-            raise ValueError(f"Invalid learning rate: {lr}; it is a finite factor >= 0 of the learned step")
-    elif not 0 <= lr < math.inf:
+        lr = 1.0 if lr.is_meta else lr.item()
+    if not 0 <= lr < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}; it is a finite factor >= 0 of the learned step")
     if not 0 < init_lr < math.inf:
         raise ValueError(f"Invalid init_lr: {init_lr}; it is the positive learning rate to start from")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lopt import native
+from lopt import backends, native
+from lopt.backends import cuda
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -87,3 +88,14 @@ def failures_of(check: str, folder: Path, processes: int) -> list[str]:
             said = (folder / f"said-{rank}.txt").read_text()[-2000:]
             failures.append(f"process {rank}: {outcomes.get(check, f'not reached, see the check before it. {said}')}")
     return failures
+
+
+@pytest.fixture
+def emulate_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after which the CUDA kernels' emulation can be asked for on the CPU, where HRNN never chooses it."""
+
+    def emulate() -> None:
+        monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend(cuda.__name__, "cpu"))
+        monkeypatch.setattr(cuda, "unusable", lambda: None)
+
+    return emulate

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends, native
-from lopt.backends import cuda, reference
+from lopt.backends import reference
 from lopt.config import GRADIENT_LIMIT
 from lopt.distributed import real
 from lopt.hrnn import OPTIONS
@@ -74,11 +74,10 @@ EMULATED = pytest.param(Place("cuda", "cpu"), id="cuda-emulated")
 
 
 @pytest.fixture(params=[*PLACES, EMULATED])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(request: pytest.FixtureRequest, emulate_cuda: Callable[[], None]) -> Place:
     backend, device = request.param
-    if backend == "cuda" and device == "cpu" and native.absent() is None:  # which HRNN never chooses
-        monkeypatch.setitem(backends.BACKENDS, backend, backends.Backend(cuda.__name__, "cpu"))
-        monkeypatch.setattr(cuda, "unusable", lambda: None)
+    if backend == "cuda" and device == "cpu" and native.absent() is None:
+        emulate_cuda()
     if reason := backends.unusable(backend):
         pytest.skip(reason)
     return request.param

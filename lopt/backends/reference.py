@@ -13,11 +13,10 @@ Checked by tests/backends/test_reference.py against recordings of the original c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -590,14 +589,21 @@ def _views(buffer: Tensor, tensors: Sequence[Tensor], state: Sequence[Tensor] | 
     return views
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Inside, products are in the dtype of their factors, also where the caller is under autocast."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def _without_autocast(stage: Callable[..., None]) -> Callable[..., None]:
+    """A stage whose products are in the dtype of their factors, also where its caller is under autocast."""
+
+    @functools.wraps(stage)
+    def run(meta: MetaParams, *args: Any, **kwargs: Any) -> None:
+        if not torch.amp.is_autocast_available(meta.device.type):
+            return stage(meta, *args, **kwargs)
+        with torch.autocast(meta.device.type, enabled=False):
+            return stage(meta, *args, **kwargs)
+
+    return run
 
 
 @torch.no_grad()
+@_without_autocast
 def advance(
     meta: MetaParams,
     grads: Sequence[Tensor],
@@ -658,9 +664,7 @@ def advance(
         old = compact.decode(old, compact.limit(meta), dtype)
     steps = torch.stack(list(step))
     started = segments.expand(steps > 0)
-    with _without_autocast(sums.device):
-        decays = read_decays(meta, config, old["hidden"])
-    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in decays)
+    grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old["hidden"]))
     state = FlatState(
         **old,
         grad_decay=grad_decay,
@@ -673,8 +677,7 @@ def advance(
         damping=torch.stack(list(damping)) if damping else None,
         distance=torch.stack(list(distance)) if distance else None,
     )
-    with _without_autocast(sums.device):
-        new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
+    new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
     keep = skip != 0
     kept = {"hidden": new.hidden, "accum": new.accum, "ms": new.ms}
     if is_compact:
@@ -692,6 +695,7 @@ def advance(
 
 
 @torch.no_grad()
+@_without_autocast
 def summarise(
     meta: MetaParams,
     sums: Tensor,
@@ -722,18 +726,17 @@ def summarise(
     """
     config = meta.config
     meta = meta.to(dtype=sums.dtype, device=sums.device)
-    with _without_autocast(sums.device):
-        summary = summarise_flat(
-            meta,
-            config,
-            sums,
-            torch.tensor(numel, device=sums.device),
-            torch.stack(list(tensor_hidden)) if tensor_hidden else None,
-            global_hidden if config.levels >= 3 else None,
-            torch.stack(list(damping)) if damping else None,
-            torch.stack(list(distance)) if distance else None,
-            None if places is None else update.take(places),
-        )
+    summary = summarise_flat(
+        meta,
+        config,
+        sums,
+        torch.tensor(numel, device=sums.device),
+        torch.stack(list(tensor_hidden)) if tensor_hidden else None,
+        global_hidden if config.levels >= 3 else None,
+        torch.stack(list(damping)) if damping else None,
+        torch.stack(list(distance)) if distance else None,
+        None if places is None else update.take(places),
+    )
     keep = skip != 0
     for index, count in enumerate(step):
         if summary.tensor_hidden is not None:

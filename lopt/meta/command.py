@@ -18,8 +18,8 @@ from lopt.meta.meta_train import MetaTraining
 from lopt.meta.recipe import RECIPES, VARIANTS, Recipe, varied
 from lopt.meta.tasks import Task
 from lopt.metaparams import MetaParams
-from lopt.train import TrainError, checkpoint, parallel
-from lopt.train.arguments import checked_device, positive, whole
+from lopt.train import TrainError, checkpoint
+from lopt.train.arguments import current_device, positive, whole
 from lopt.train.group import Group
 from lopt.train.stop import StopRequest
 
@@ -78,11 +78,10 @@ def run(args: argparse.Namespace) -> int:
         options |= given
     torch.set_num_threads(options["threads"])
     group = Group.from_environment()
-    device = parallel.own_device(checked_device(options["device"]))
     training = MetaTraining(
         _recipe(options),
         options["seed"],
-        device,
+        current_device(options["device"]),
         [load_task(name) for name in options["tasks"]],
         None if options["start"] is None else MetaParams.resolve(options["start"]),
         group,

@@ -38,7 +38,7 @@ def train_all(training: Training, folder: Path | None) -> int:
         for rival in ("", *config.compare):
             if rival:
                 training = Training(rival_config(config, rival), data, group)
-            home = folder / rival.replace(":", "-")
+            home = _home(folder, rival)
             if group.rank == 0:
                 make_folder(home, training.config, data)
             if group.from_first((home / "checkpoint.pt").exists()):
@@ -70,6 +70,11 @@ def train_all(training: Training, folder: Path | None) -> int:
     return 0 if done else 128 + (stop.received or signal.SIGINT)
 
 
+def _home(folder: Path, rival: str) -> Path:
+    """Where a run lies that is compared with that of `folder`; that one itself for ""."""
+    return folder / rival.replace(":", "-")
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Raises TrainError if another process trains in the folder, where the system tells."""
@@ -95,7 +100,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _check_steps(config: Config, folder: Path) -> None:
     """Raises TrainError, before anything is written, if a run has gone further than it is asked to."""
     for rival in ("", *config.compare):
-        path = folder / rival.replace(":", "-") / "checkpoint.pt"
+        path = _home(folder, rival) / "checkpoint.pt"
         steps = (rival_config(config, rival) if rival else config).steps
         if path.exists() and (taken := checkpoint.step_of(path)) > steps:
             option = "--compare-steps" if rival and steps == config.compare_steps else "--steps"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -91,37 +90,27 @@ def make(folder: Path, classes: int, train: int, val: int, size: int, seed: int 
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        unfinished.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise TrainError(f"{str(folder)!r} cannot be written ({error}): choose another") from error
-    tasks = [
-        (unfinished / part, seed, label, range(label, count, classes), size)
-        for part, count in (("train", train), ("val", val))
-        for label in range(classes)
-    ]
-    try:
-        if jobs == 1:
-            for task in tasks:
-                _make_class(*task)
-        else:
-            with ProcessPoolExecutor(jobs) as pool:
-                list(pool.map(_make_class, *zip(*tasks, strict=True)))
-        (unfinished / "README.txt").write_text(README.format(classes=classes, seed=seed))
-        if folder.exists():  # empty, and perhaps someone's working directory
-            for entry in unfinished.iterdir():
-                os.replace(entry, folder / entry.name)
-        else:
-            os.replace(unfinished, folder)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            unfinished = Path(scratch, folder.name)
+            tasks = [
+                (unfinished / part, seed, label, range(label, count, classes), size)
+                for part, count in (("train", train), ("val", val))
+                for label in range(classes)
+            ]
+            if jobs == 1:
+                for task in tasks:
+                    _make_class(*task)
+            else:
+                with ProcessPoolExecutor(jobs) as pool:
+                    list(pool.map(_make_class, *zip(*tasks, strict=True)))
+            (unfinished / "README.txt").write_text(README.format(classes=classes, seed=seed))
+            if folder.exists():  # empty, and perhaps someone's working directory
+                for entry in unfinished.iterdir():
+                    os.replace(entry, folder / entry.name)
+            else:
+                os.replace(unfinished, folder)
     except OSError as error:
         raise TrainError(f"{str(folder)!r} cannot be written ({error}): free space, or choose another") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
 
 
 def _make_class(part: Path, seed: int, label: int, numbers: range, size: int) -> None:
