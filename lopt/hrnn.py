@@ -70,6 +70,7 @@ class _Listed(NamedTuple):
     fan_in: list[int]  # T, of the whole tensors where these are shards
     devices: list[torch.device]  # T
     orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter
+    matrices: int  # parameters of two or more dimensions that require a gradient, in this step or not
 
 
 class _Plan(NamedTuple):
@@ -122,9 +123,10 @@ class HRNN(Optimizer):
             by base_fan_in / inputs, as Adam's is in "Tensor Programs V" (Yang, Hu et al. 2022): a step of one length
             moves a layer's output the more the wider the layer is, and meta-training knows narrow ones. None: the same
             for all, the paper's rule.
-        base_depth: with more matrices than this, parameters of two or more dimensions, all steps are multiplied by the
-            root of base_depth / matrices, as Adam's are by depth in "Tensor Programs VI" (Yang, Yu, Zhu, Hayou 2024):
-            the steps of many layers add up in the output, and meta-training knows few. None: the paper's rule.
+        base_depth: with more matrices than this, parameters of two or more dimensions that require a gradient, all
+            steps are multiplied by the root of base_depth / matrices, as Adam's are by depth in "Tensor Programs VI"
+            (Yang, Yu, Zhu, Hayou 2024): the steps of many layers add up in the output, and meta-training knows few.
+            None: the paper's rule.
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
             the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.2 of a tensor's
             largest distance from its start over sqrt(1 + step).
@@ -225,7 +227,6 @@ class HRNN(Optimizer):
         self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
         self._metas: dict[torch.device, MetaParams] = {}  # the meta-parameters there, one vector, as operators take it
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
-        self._matrices: int | None = None  # parameters of two or more dimensions; counted at the next step
 
     @staticmethod
     def memory(
@@ -272,7 +273,7 @@ class HRNN(Optimizer):
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._sharded = self._matrices = None
+        self._sharded, self._listed = None, None
         self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
@@ -441,9 +442,7 @@ class HRNN(Optimizer):
         if not groups:
             return loss
         listed = self._list(tensors, None if shards is None else shards.params)
-        if self._matrices is None:
-            self._matrices = sum(param.dim() > 1 for group in self.param_groups for param in group["params"])
-        rates = _rates(groups, listed.fan_in, self._matrices)
+        rates = _rates(groups, listed.fan_in, listed.matrices)
         columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
@@ -485,6 +484,9 @@ class HRNN(Optimizer):
                 [math.prod(param.shape[1:]) for param in whole or params],
                 [param.device for param in params],
                 [(hidden.shape[1:], hidden.stride()[1:]) for hidden in columns["hidden"]],
+                sum(
+                    param.dim() > 1 and param.requires_grad for group in self.param_groups for param in group["params"]
+                ),
             )
             self._listed = None if compiling else listed
         return listed

@@ -243,6 +243,27 @@ def test_steps_of_many_matrices_are_shorter_by_the_root_of_their_number(place, k
     assert_same(content(as_many), content(free))
 
 
+def test_frozen_matrices_do_not_shorten_steps_until_they_are_trained(place):
+    whole = place.params(*[(3, 4)] * 4)
+    trained = place.params(*[(3, 4)] * 4)[:2]
+    optimizer, alone = place.hrnn(whole, base_depth=1), place.hrnn(trained, base_depth=1)
+    for param in whole[2:]:
+        param.requires_grad_(False).grad = None
+    for step in range(2):
+        give_gradients(trained, step)
+        give_gradients(whole[:2], step)
+        alone.step()
+        optimizer.step()
+    assert [torch.equal(one, other) for one, other in zip(whole, trained, strict=False)] == [True, True]
+    for param in whole[2:]:
+        param.requires_grad_(True)
+    thawed = place.hrnn([param.detach().clone().requires_grad_() for param in whole], base_depth=1)
+    thawed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, thawed):
+        train(each, 2)
+    assert_same(content(optimizer), content(thawed))
+
+
 def test_min_lr_bounds_what_learned_rates_approach(place):
     torch.manual_seed(0)
     params, options, steps = (place.params(), place.params()), {"meta": None, "init_lr": 0.1}, 10

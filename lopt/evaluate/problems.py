@@ -17,6 +17,8 @@ from lopt.evaluate.tasks import Params, Task
 from lopt.meta.tasks import Random, paper
 from lopt.meta.tasks import Task as MetaTask
 
+DATA_SEED = 2_000_003  # apart from those of starts: the same numbers would make a start a copy of its problem
+
 
 def _tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Tensor):
@@ -36,7 +38,7 @@ class Problem(Task):
 
     def __init__(self, family: MetaTask, batch: int | None = None) -> None:
         self.family = family
-        self.data = family.instance(1, Random(torch.Generator().manual_seed(0)))
+        self.data = family.instance(1, Random(torch.Generator().manual_seed(DATA_SEED)))
         self.batched = batch is not None
         self.train = self.data["x"].shape[1] if self.batched else 1
         self.batch = batch or 1

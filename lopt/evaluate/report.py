@@ -164,8 +164,8 @@ def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: 
             f"tasks). {_divergences(evaluation, part, entrant)} of {len(tasks) * len(seeds)} trainings diverged.\n"
         )
     lines += [
-        "Losses relative to Adam at the best of 7 rates of each task: interquartile mean over tasks and seeds, 95 % "
-        "confidence interval; below 1 is better.\n",
+        "Losses relative to Adam at the best of 7 rates of each task: interquartile mean over tasks and seeds, and "
+        "where there are several seeds its 95 % confidence interval; below 1 is better.\n",
         "| | final training loss | training loss, all steps | test loss | test accuracy | <= tuned Adam | diverged |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -191,7 +191,7 @@ def _ratio(value: Interval | None) -> str:
     if value is None:
         return "-"
     middle, low, high = (math.exp(number) for number in value)
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})" if low < high else f"{middle:.3g}"  # of one seed
 
 
 def _curve(evaluation: Evaluation, part: Part, entrant: Entrant, task: str) -> np.ndarray:
@@ -394,8 +394,8 @@ def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
         [
             *lines,
             f"Architectures meta-trained alike, each at HRNN's defaults on {len(tasks)} tasks, beside the full one: "
-            "losses relative to it, interquartile mean over tasks and seeds, 95 % confidence interval. Above 1, what "
-            "was taken away is of use; attention is an addition. The intervals say nothing of other seeds of "
+            "losses relative to it, interquartile mean over tasks and seeds, and where there are several seeds its "
+            "95 % confidence interval. Above 1, what was taken away is of use; attention is an addition. The intervals say nothing of other seeds of "
             "meta-training.\n",
             *([f"Not there: {', '.join(missing)}.\n"] if missing else []),
             *_markdown(head, rows),
@@ -456,7 +456,7 @@ def _method(evaluation: Evaluation) -> str:
             else "None of the tasks takes part in meta-training, which knows synthetic data alone.",
             "All optimizers see the same starts and minibatches, which "
             "only the seed decides. Per task, a tuned baseline is the learning rate with the lowest final training "
-            "loss, the geometric mean over the seeds, of:\n",
+            "loss, the geometric mean over the seeds, and of those that solve it the fastest over all steps, of:\n",
             *rates,
             "",
             *(["AdamW decays weights by 0.01.\n"] if "adamw-cosine" in optimizers else []),

@@ -87,6 +87,7 @@ class Stage:
             self.objective,
             full_loss=self.full_loss,
             clock=self.clock,
+            staggered=not self.sampled,
             group=group,
         )
 

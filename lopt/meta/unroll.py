@@ -99,10 +99,11 @@ class Objective:
 
     def __call__(self, losses: Tensor, start: Tensor) -> Tensor:
         """losses: [K, R, P], start: [R, P] -> [R, P]."""
-        scale = start.abs() + 1e-30
+        # A loss that is not finite has diverged. Of NaN the logarithm would have no derivative, not even times zero.
+        finite = losses.isfinite() & start.isfinite()
+        losses, scale = torch.where(finite, losses, 0.0), torch.where(start.isfinite(), start.abs() + 1e-30, 1.0)
         ratio = torch.log((losses.abs() + self.floor * scale) / scale)
-        # A loss that is not finite has diverged.
-        return torch.where(ratio <= self.cap, ratio, self.cap).mean(0)
+        return torch.where(finite & (ratio <= self.cap), ratio, self.cap).mean(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,11 +295,12 @@ class World:
         mix: the tasks.
         rows: R.
         random: everything drawn; its `repeat` must divide R.
-        episode: steps a task trains before it restarts; the first episodes are cut short at random.
+        episode: steps a task trains before it restarts.
         augment: what else is drawn at a restart.
         objective: meta-loss.
         full_loss: take the meta-loss on the whole data set, not on the minibatch whose gradient a step uses.
         clock: whether episodes are counted in "steps" or "unrolls".
+        staggered: the first episodes are cut short at random, so that the tasks do not restart together.
         group: processes that have such a world each, of R rows too; `random` is of this one's part.
     """
 
@@ -313,6 +315,7 @@ class World:
         *,
         full_loss: bool = False,
         clock: str = "steps",
+        staggered: bool = True,
         group: Group = ALONE,
     ) -> None:
         self.mix, self.rows, self.random, self.episode, self.group = mix, rows, random, episode, group
@@ -327,7 +330,7 @@ class World:
         self.data: list[Data] = [None] * tasks
         self.age = [0.0] * tasks
         self.length = [0.0] * tasks  # 0: starts with the next unroll
-        self.fresh = True
+        self.staggered = staggered  # until the first episodes have begun
         self.restarts = 0  # of the first task
         # Of PES and all processes.
         self.noise: Tensor | None = None  # [R/2, M], of each pair
@@ -353,8 +356,8 @@ class World:
             self._draw(task, p, log_lr)
             self.age[p] = 0.0
             self.restarts += p == 0
-            self.length[p] = self.episode(random) * (random.scalar() if self.fresh else 1.0)
-        self.fresh = False
+            self.length[p] = self.episode(random) * (random.scalar() if self.staggered else 1.0)
+        self.staggered = False
         restarted = torch.tensor([p in over for p in range(len(mix))], device=mix.device)
         self.attended = torch.where(mix.problems.expand(restarted.float()) > 0, self.theta, self.attended)
         self.state = restart_state(meta, config, mix, self.state, restarted, log_lr)
@@ -443,7 +446,7 @@ class World:
             "data",
             "age",
             "length",
-            "fresh",
+            "staggered",
             "restarts",
             "noise",
             "noise_age",

@@ -101,9 +101,7 @@ def _world(
     augment = Augment(
         (init_lr, init_lr), 0.0, 0.0, loss_scale=(1.0, 1.0), base_fan_in=base_fan_in, base_depth=base_depth
     )
-    world = World(Mix(tasks, config, device), rows, random, Draw(1e9), augment, Curve())
-    world.fresh = False
-    return world
+    return World(Mix(tasks, config, device), rows, random, Draw(1e9), augment, Curve(), staggered=False)
 
 
 def learned(

@@ -1,5 +1,6 @@
 """Scores: interquartile means, bootstrap, tuning, speed-ups."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -56,6 +57,14 @@ def test_tuning_takes_the_lowest_geometric_mean_of_each_task():
     values = statistics.scores(results, worse, entrant, TASKS, 10, SEEDS, "final")
     assert values[0] == pytest.approx(0) and (values[1] > 0.5).all()
     assert statistics.share_not_worse(values) == 0.5
+
+
+def test_of_rates_that_solve_a_task_tuning_takes_the_one_that_is_fastest():
+    solved = {3e-3: -5.0, 1e-2: -9.0, 3e-2: -7.0}  # rate: area
+    results = table(lambda task, rate, seed: 1e-7 / rate if rate in solved else 0.5)
+    results = {run: dataclasses.replace(result, area=solved.get(run.setting.lr, -9.5)) for run, result in results.items()}
+    entrant = statistics.tuned(results, TASKS, 10, SEEDS, "adam")
+    assert {setting.lr for setting in entrant.settings.values()} == {1e-2}
 
 
 def test_a_missing_training_leaves_the_optimizer_out():

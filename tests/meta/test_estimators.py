@@ -37,9 +37,7 @@ class Slope(Fixed):
 
 def world(task: Task, rows: int, repeat: int, seed: int = 0) -> World:
     random = Random(torch.Generator().manual_seed(seed), repeat)
-    made = World(Mix([task], CONFIG), rows, random, Draw(UNROLLS * STEPS), FIXED, Objective())
-    made.fresh = False
-    return made
+    return World(Mix([task], CONFIG), rows, random, Draw(UNROLLS * STEPS), FIXED, Objective(), staggered=False)
 
 
 def meta() -> MetaParams:

@@ -199,16 +199,22 @@ def test_steps_are_those_of_the_front_end(task: networks.Network):
     assert (world.theta[0] - ours.detach()).abs().max() < 1e-3 * (world.theta - start).abs().max()
 
 
-def test_a_task_whose_loss_overflows_counts_as_the_cap_and_stays_finite():
+@pytest.mark.parametrize("beyond", ["infinite", "NaN"])
+def test_a_task_whose_loss_overflows_counts_as_the_cap_and_stays_finite(beyond):
     class Cliff(Task):
         shapes = ((2,),)
 
+        def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
+            return [torch.tensor([[1.0, -2.0]]).repeat(count, 1)]
+
         def loss(self, params: Params, data: Data) -> Tensor:
-            return torch.exp(torch.exp(50 * params[0])).sum(-1)
+            high = torch.exp(torch.exp(50 * params[0])).sum(-1)
+            return high - high if beyond == "NaN" else high
 
     config = CONFIGS["paper"]
     world = plain(config, [Cliff(), paper.Bowl(1.0)])
     meta = MetaParams.init(config)
     estimate = TruncatedBPTT()(meta, world, 3)
     assert estimate.losses[0] == world.objective.cap
+    assert estimate.grad.isfinite().all()
     assert all(values.isfinite().all() for values in (world.theta, *world.state) if values is not None)
