@@ -1,7 +1,7 @@
 """Replay of recordings of the original code: the same gradients, the same numbers.
 
 A recording is an .npz file with the original's meta-parameters, a start, the gradients fed in and every slot after
-every step (`replay`), or a quadratic problem and the meta-gradients of two consecutive unrolls
+every step (`replay`), or a quadratic problem and the meta-gradients of consecutive unrolls
 (`replay_meta_gradient`). Both functions return arrays under the recording's own keys, so that checking is a comparison
 key by key.
 """
@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,24 @@ from lopt.metaparams import MetaParams
 
 TOLERANCE = 1e-4  # of the largest value of a slot: float32 through 12 steps of a recurrent network
 OBJECTIVE_EPS = 1e-6
+OF_UNROLL = re.compile(r"u\d+/")
 
 Arrays = dict[str, np.ndarray]
 
 
-def load_recording(path: str | os.PathLike[str]) -> Arrays:
+class Recording(Arrays):
+    """The arrays of a file; ValueError names one that is not there."""
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise ValueError(f"the recording has no array {name!r}")
+
+    @property
+    def unrolls(self) -> int:
+        """How many consecutive unrolls have outcomes."""
+        return len({key.split("/")[0] for key in self if OF_UNROLL.match(key)})
+
+
+def load_recording(path: str | os.PathLike[str]) -> Recording:
     """Every array of a recording.
 
     Raises:
@@ -43,25 +59,29 @@ def load_recording(path: str | os.PathLike[str]) -> Arrays:
     if not path.is_file():
         raise FileNotFoundError(f"no recording at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = Recording(file)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "not a NumPy archive" if "allow_pickle" in str(error) else error
+        raise ValueError(f"{path} is not a readable .npz file: {reason}") from None
     if "config_json" not in arrays or not any(key.startswith("meta/update_weights") for key in arrays):
         raise ValueError(
             f"{path} is no recording of the hierarchical RNN: it has no config_json with its meta-parameters"
         )
-    options = json.loads(str(arrays["config_json"]))
-    if "level_sizes" not in options:
+    try:
+        options = json.loads(str(arrays["config_json"]))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a config_json that is no JSON: {error}") from None
+    if not isinstance(options, dict) or "level_sizes" not in options:
         raise ValueError(f"{path} is no recording of the hierarchical RNN: its configuration names no level_sizes")
     return arrays
 
 
-def _subset(arrays: Mapping[str, np.ndarray], prefix: str) -> Arrays:
-    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+def _subset(arrays: Mapping[str, np.ndarray], prefix: str) -> Recording:
+    return Recording((key.removeprefix(prefix), value) for key, value in arrays.items() if key.startswith(prefix))
 
 
-def _config(recording: Arrays) -> HRNNConfig:
+def _config(recording: Recording) -> HRNNConfig:
     return config_of(json.loads(str(recording["config_json"])))
 
 
@@ -76,7 +96,6 @@ def _rows(state: Tensor) -> np.ndarray:
 
 
 def _slots(
-    meta: Mapping[str, Tensor],
     config: HRNNConfig,
     hidden: Tensor,
     accum: Tensor,
@@ -136,7 +155,6 @@ def replay(path: str | os.PathLike[str], backend: str = "reference") -> Arrays:
             true_param = state.get("true_param", param)
             decays = read_decays(meta, config, state["hidden"].reshape(config.hidden_size, -1))
             slots = _slots(
-                meta,
                 config,
                 state["hidden"],
                 state["accum"],
@@ -156,7 +174,7 @@ def replay(path: str | os.PathLike[str], backend: str = "reference") -> Arrays:
     return {key: np.stack(values) for key, values in out.items()}
 
 
-def _set_start(optimizer: HRNN, params: list[torch.nn.Parameter], recording: Arrays) -> None:
+def _set_start(optimizer: HRNN, params: list[torch.nn.Parameter], recording: Recording) -> None:
     """Make the optimizer's state that of the recording's start."""
     config = optimizer.config
     state_dict = optimizer.state_dict()
@@ -230,7 +248,7 @@ def meta_objective(objectives: Tensor, initial: Tensor, *, log: bool = True, num
 
 
 def replay_meta_gradient(path: str | os.PathLike[str]) -> Arrays:
-    """Repeat a recording's two unrolls on its quadratic problem, each followed by a meta-step.
+    """Repeat a recording's unrolls on its quadratic problem, each followed by a meta-step.
 
     Args:
         path: a recorded meta-gradient (`metagrad_*.npz`).
@@ -262,7 +280,7 @@ def replay_meta_gradient(path: str | os.PathLike[str]) -> Arrays:
     state: FlatState | None = None
     initial = objective(theta)
     out: Arrays = {}
-    for unroll in range(2):
+    for unroll in range(recording.unrolls):
         leaves = meta.map(lambda tensor: tensor.detach().requires_grad_())
         state = init_flat_state(leaves, config, segments, log_lr) if state is None else state.detach()
         theta, attended = theta.detach(), attended.detach()
@@ -293,13 +311,12 @@ def replay_meta_gradient(path: str | os.PathLike[str]) -> Arrays:
         }
         arrays |= {f"dmeta/{name}": array for name, array in MetaParams(config, meta_grads).to_tf().items()}
         arrays |= {f"meta_after/{name}": array for name, array in meta.to_tf().items()}
-        arrays |= _final(leaves, config, segments, start, theta, attended, state)
+        arrays |= _final(config, segments, start, theta, attended, state)
         out |= {f"u{unroll}/{name}": np.asarray(array) for name, array in arrays.items()}
     return out
 
 
 def _final(
-    meta: MetaParams,
     config: HRNNConfig,
     segments: Segments,
     start: list[Tensor],
@@ -312,7 +329,6 @@ def _final(
         part = slice(begin, end)
         param = theta[part].reshape(start[i].shape)
         slots = _slots(
-            meta,
             config,
             state.hidden[:, part],
             state.accum[:, part],
@@ -340,7 +356,9 @@ def compare(recording: Arrays, replayed: Arrays) -> dict[str, float]:
         ValueError: an array is missing on one side, or has another shape there.
     """
     outcomes = {
-        key for key in recording if key.startswith(("param/", "attend/", "state/", "u0/", "u1/")) or key == "global"
+        key
+        for key in recording
+        if key.startswith(("param/", "attend/", "state/")) or key == "global" or OF_UNROLL.match(key)
     }
     if missing := sorted(outcomes - set(replayed)):
         raise ValueError(f"{missing} were recorded and not replayed")

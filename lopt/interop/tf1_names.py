@@ -77,8 +77,8 @@ def config_options(options: dict) -> dict:
     fields = {ours: options[theirs] for theirs, ours in renamed.items() if theirs in options}
     if "log_lr_max" in fields:
         fields["log_lr_max"] = float(fields["log_lr_max"])
-    if options.get("use_relative_lr"):
-        fields["relative_log_lr"] = "problem" if options.get("use_problem_lr_mean") else "tensor"
+    if options.get("use_relative_lr", True):
+        fields["relative_log_lr"] = "problem" if options.get("use_problem_lr_mean", True) else "tensor"
     else:
         fields["relative_log_lr"] = None
     # Products of neighbouring averages exist only where there are neighbours; the original drops them silently.

@@ -16,7 +16,7 @@ import torch
 from lopt import __version__
 from lopt.meta.meta_train import MetaTraining
 from lopt.meta.recipe import RECIPES, VARIANTS, Recipe, varied
-from lopt.meta.tasks import Task
+from lopt.meta.tasks import Task, try_out
 from lopt.metaparams import MetaParams
 from lopt.train import TrainError, checkpoint
 from lopt.train.arguments import current_device, positive, whole
@@ -68,14 +68,20 @@ def run(args: argparse.Namespace) -> int:
         importlib.import_module(package)
     options = dict(DEFAULTS)
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-    folder = args.resume
+    folder, saved = args.resume, None
     if folder is None:
         options |= given
     else:
         options = _saved_options(folder)
         if fixed := sorted(set(given) - {"device", "threads"}):
             raise TrainError(f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out")
-        options |= given
+        began, options = options["device"], options | given
+        if torch.device(began).type != torch.device(options["device"]).type:
+            raise TrainError(
+                f"--device {options['device']}: the run began on {began}, and random numbers of another kind of device "
+                f"are others: leave it out, or begin another run with --start {folder}/meta.safetensors"
+            )
+        saved = checkpoint.load(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
     torch.set_num_threads(options["threads"])
     group = Group.from_environment()
     training = MetaTraining(
@@ -83,13 +89,13 @@ def run(args: argparse.Namespace) -> int:
         options["seed"],
         current_device(options["device"]),
         [load_task(name) for name in options["tasks"]],
-        None if options["start"] is None else MetaParams.resolve(options["start"]),
+        None if options["start"] is None or saved else MetaParams.resolve(options["start"]),
         group,
     )
     if folder is None:
         folder = group.from_first(_new_folder(args.out, options) if group.rank == 0 else None)
-    elif (folder / "checkpoint.pt").exists():
-        training.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
+    elif saved is not None:
+        training.load_state_dict(saved)
     with StopRequest() as stop:
         finished = training.run(folder, stop)
     group.leave()
@@ -103,20 +109,22 @@ def load_task(name: str) -> Task:
     """An instance of the class `module:Class`, also from the working directory.
 
     Raises:
-        TrainError: there is no such module or class, or it is no task.
+        TrainError: there is no such module or class, or it is no task that can be trained on.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
         raise TrainError(f"--tasks {name}: write MODULE:CLASS, as my_tasks:Valley")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         task: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise TrainError(f"--tasks {name}: {error}") from error
-    task = task() if isinstance(task, type) else task
-    if not isinstance(task, Task) or not task.shapes:
-        raise TrainError(f"--tasks {name}: not a lopt.meta.tasks.Task with shapes")
+        task = task() if isinstance(task, type) else task
+        if not isinstance(task, Task):
+            raise TypeError("not a lopt.meta.tasks.Task")
+        try_out(task)
+    except Exception as error:  # the task is not ours
+        kind = "" if isinstance(error, TypeError | ValueError | ImportError) else f"{type(error).__name__}: "
+        raise TrainError(f"--tasks {name}: {kind}{error}") from error
     return task
 
 
@@ -133,8 +141,10 @@ def _recipe(options: dict[str, Any]) -> Recipe:
 def _saved_options(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {name: content.get(name, []) if name == "variant" else content[name] for name in DEFAULTS}
-    except (OSError, ValueError, KeyError) as error:
+        options = {name: content.get(name, []) if name == "variant" else content[name] for name in DEFAULTS}
+        _recipe(options)  # names that this version does not know
+        return options
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
 
 

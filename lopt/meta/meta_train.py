@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import sys
 import time
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.config import HRNNConfig
 from lopt.interop.tf1 import RMSProp
 from lopt.meta import validate
 from lopt.meta.estimators import Estimate
@@ -76,7 +78,9 @@ class Adam:
         self.state: dict[str, Any] = {}
 
     def step(self, flat: Tensor, grad: Tensor, lr: float) -> Tensor:
-        """[M] meta-parameters after one step."""
+        """[M] meta-parameters after one step; a gradient that is not finite is passed over."""
+        if not grad.isfinite().all():
+            return flat
         if not self.state:
             self.state = {"mean": torch.zeros_like(flat), "square": torch.zeros_like(flat), "steps": 0}
         s, (b1, b2) = self.state, self.betas
@@ -115,7 +119,7 @@ class MetaTraining:
         group: processes that share the work, all with the same other arguments.
 
     Raises:
-        TrainError: a stage's rows cannot be shared out equally to the processes.
+        TrainError: a stage's rows cannot be shared out equally to the processes, or `start` has another architecture.
     """
 
     def __init__(
@@ -134,6 +138,8 @@ class MetaTraining:
                     f"{stage.rows} rows of stage {stage.name!r} ({stage.estimator}) cannot be shared out equally to "
                     f"{group.size} processes: choose another --nproc-per-node"
                 )
+        if start is not None:
+            _check_start(start.config, recipe.config)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.flat = (start or MetaParams.init(recipe.config, seed)).flat().to(self.device)
         self.stage, self.step, self.done, self.seconds = 0, 0, 0, 0.0
@@ -201,13 +207,12 @@ class MetaTraining:
         return self.worlds[mix]
 
     def meta_step(self) -> Estimate:
-        """One unroll and one step of the meta-optimizer; a meta-gradient that is not finite is passed over."""
+        """One unroll and one step of the meta-optimizer."""
         begin, stage = time.perf_counter(), self._current
         world = self._world()
         steps = max(2, round(stage.unroll(self._random)))
         estimate = self.estimator(self.meta, world, steps)
-        if estimate.grad.isfinite().all():
-            self.flat = self.optimizer.step(self.flat, estimate.grad, stage.lr_at(self.step))
+        self.flat = self.optimizer.step(self.flat, estimate.grad, stage.lr_at(self.step))
         self.step += 1
         self.done += 1
         if stage.average and 2 * self.step > stage.meta_steps:
@@ -361,6 +366,18 @@ class MetaTraining:
         self.result.save(folder / "meta.safetensors", card={"meta_step": str(self.done)})
         if self.rows:
             draw(folder / "curves.png", self.rows)
+
+
+def _check_start(start: HRNNConfig, config: HRNNConfig) -> None:
+    """Raise unless numbers of one architecture mean the same in the other; bounds and constants may differ."""
+    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(start)
+    fixed = [name for name in ours if name != "init_lr_range" and not isinstance(ours[name], float)]
+    if other := [name for name in fixed if ours[name] != theirs[name]]:
+        raise TrainError(
+            f"the meta-parameters to start from have {', '.join(f'{name}={theirs[name]!r}' for name in other)}, the "
+            f"recipe has {', '.join(f'{name}={ours[name]!r}' for name in other)}: start from others, or choose the "
+            f"architecture with --variant"
+        )
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

@@ -82,6 +82,30 @@ def test_foreign_and_missing_files_are_refused_by_name(tmp_path):
         tf1.replay(RECORDINGS / "metagrad_a_second.npz")
 
 
+def test_damaged_recordings_are_refused_by_what_is_wrong(tmp_path):
+    whole = RECORDINGS / "traj_a_default.npz"
+    damaged, arrays = tmp_path / "damaged.npz", dict(tf1.load_recording(whole))
+    damaged.write_bytes(whole.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"damaged\.npz is not a readable"):
+        tf1.load_recording(damaged)
+    np.savez(damaged, **{**arrays, "config_json": np.array("{level_sizes")})
+    with pytest.raises(ValueError, match="config_json that is no JSON"):
+        tf1.load_recording(damaged)
+    for missing, named in (("param0/1", "param0/1"), ("state0/0/ms1", "ms1")):
+        np.savez(damaged, **{name: array for name, array in arrays.items() if name != missing})
+        with pytest.raises(ValueError, match=f"no array '{named}'"):
+            tf1.replay(damaged)
+
+
+def test_every_recorded_unroll_is_repeated(tmp_path):
+    arrays = tf1.load_recording(RECORDINGS / "metagrad_d_two_levels_second.npz")
+    again = {name.replace("u1/", "u2/"): array for name, array in arrays.items() if name.startswith("u1/")}
+    np.savez(tmp_path / "three.npz", **arrays, **again)
+    recording = tf1.load_recording(tmp_path / "three.npz")
+    errors = tf1.compare(recording, tf1.replay_meta_gradient(tmp_path / "three.npz"))
+    assert errors["u1/metaobj"] < 1e-4 < errors["u2/metaobj"]  # it is not the one before
+
+
 def test_replay_goes_on_from_the_middle_of_a_recording(tmp_path):
     recording = tf1.load_recording(RECORDINGS / "traj_a_default.npz")
     middle = dict(recording)

@@ -227,7 +227,84 @@ def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path,
     assert cli.main(["meta-train", "--tasks", "torch:Tensor"]) == 2
     assert "not a lopt.meta.tasks.Task" in capsys.readouterr().err
     assert cli.main(["meta-train", "--resume", str(tmp_path / "none")]) == 2
+    for content in ("[]", (out / "config.json").read_text().replace('"default"', '"none"')):
+        (out / "config.json").write_text(content)
+        assert cli.main(["meta-train", "--resume", str(out)]) == 2
+        assert "holds no meta-training run" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+BROKEN = """
+import torch
+from lopt.meta.tasks import Task
+class Base(Task):
+    shapes = ((3,), (2, 2))
+    def loss(self, params, data):
+        return params[0].square().sum(-1) + params[1].square().sum((1, 2))
+class NoLoss(Task):
+    shapes = ((3,),)
+class Empty(Base):
+    shapes = ((3,), (0, 2))
+class Total(Base):
+    def loss(self, params, data):
+        return super().loss(params, data).sum()
+class Unused(Base):
+    def loss(self, params, data):
+        return params[0].square().sum(-1)
+class Start(Base):
+    def start(self, count, random, data):
+        return super().start(count, random, data)[:1]
+class Data(Base):
+    def instance(self, count, random):
+        return {"teacher": lambda x: x}
+class Fails(Base):
+    def loss(self, params, data):
+        return data["x"]
+class Needs(Base):
+    def __init__(self, size):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoLoss", "NoLoss has no method loss"),
+        ("Empty", "at least one value"),
+        ("Total", r"tensor of shape (2,), got shape ()"),
+        ("Unused", "does not depend on parameter tensor 1"),
+        ("Start", "must return tensors of shapes [(2, 3), (2, 2, 2)], got [(2, 3)]"),
+        ("Data", "got function: keep other things in the task itself"),
+        ("Fails", "KeyError: 'x'"),
+        ("Needs", "missing 1 required positional argument"),
+    ],
+)
+def test_a_broken_task_is_refused_by_what_is_wrong_before_anything_is_written(
+    name, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    assert cli.main(["meta-train", "--tasks", f"broken:{name}", "--out", "run"]) == 2
+    assert f"--tasks broken:{name}: " in (error := capsys.readouterr().err) and message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [":Valley", "my_valley", "my_valley:", ".relative:Valley"])
+def test_a_task_is_named_by_module_and_class(name, capsys):
+    assert cli.main(["meta-train", "--tasks", name]) == 2
+    assert f"--tasks {name}: " in capsys.readouterr().err
+
+
+def test_meta_training_starts_from_the_same_architecture_alone(tmp_path, capsys):
+    same_count = HRNNConfig(relative_log_lr=None, lr_shortcut=True)
+    MetaParams.init(same_count).save(tmp_path / "other.safetensors")
+    command = ["meta-train", "--start", str(tmp_path / "other.safetensors"), "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    assert "relative_log_lr=None, lr_shortcut=True, the recipe has" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    bounds = dataclasses.replace(recipes.DEFAULT.config, damping=0.0, log_lr_min=-9.0, init_lr_range=(1e-5, 1e-3))
+    MetaTraining(recipes.DEFAULT, 0, start=MetaParams.init(bounds, seed=1))
 
 
 def test_stop_request_leaves_a_checkpoint(tmp_path):

@@ -5,7 +5,7 @@ A task is a class with a few lines:
     class Valley(Task):
         shapes = ((2,),)                                   # of the parameter tensors of one copy
 
-        def instance(self, count, random):                 # optional: what differs between copies, anything
+        def instance(self, count, random):                 # optional: what differs between copies
             return {"steepness": random.uniform(count, low=1, high=100)}
 
         def loss(self, params, data):                      # params: [count, *shape] each -> [count]
@@ -15,6 +15,6 @@ A task is a class with a few lines:
 `lopt meta-train --tasks my_module:Valley` trains on it too.
 """
 
-from lopt.meta.tasks.base import Data, LogOf, Noisy, Params, Random, Rescaled, Sparse, Sum, Task
+from lopt.meta.tasks.base import Data, LogOf, Noisy, Params, Random, Rescaled, Sparse, Sum, Task, try_out
 
-__all__ = ["Data", "LogOf", "Noisy", "Params", "Random", "Rescaled", "Sparse", "Sum", "Task"]
+__all__ = ["Data", "LogOf", "Noisy", "Params", "Random", "Rescaled", "Sparse", "Sum", "Task", "try_out"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Params = Sequence[Tensor]  # one [count, *shape] per parameter tensor
-Data = Any  # what `instance` and `minibatch` return: tensors in dicts, lists and tuples
+Data = Any  # what `instance` and `minibatch` return: tensors, numbers and strings in dicts, lists and tuples
 
 LOG_EPS = 1e-6
 
@@ -103,12 +103,48 @@ class Task:
         return data
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        """Objective of every copy: [count]. data: an instance or a minibatch of it."""
-        raise NotImplementedError
+        """Objective of every copy: [count], positive. data: an instance or a minibatch of it."""
+        raise NotImplementedError(f"{type(self).__name__} has no method loss(params, data)")
 
     def corrupt(self, grads: list[Tensor], random: Random) -> list[Tensor]:
         """What the optimizer gets to see of the gradients, [count, *shape] each. Default: the gradients."""
         return grads
+
+
+def try_out(task: Task) -> None:
+    """Take one step's loss and gradient of two copies.
+
+    Raises:
+        ValueError: something about the task is not as `Task` says; the message names it.
+    """
+    count, random = 2, Random(torch.Generator().manual_seed(0))
+    if not task.shapes or min(task.sizes) < 1:
+        raise ValueError(f"shapes must be those of parameter tensors of at least one value, got {task.shapes}")
+    data = task.instance(count, random)
+    _check_data(data)
+    params = [param.detach().clone().requires_grad_() for param in task.start(count, random, data)]
+    expected, found = [(count, *shape) for shape in task.shapes], [tuple(param.shape) for param in params]
+    if expected != found:
+        raise ValueError(f"start of {count} copies must return tensors of shapes {expected}, got {found}")
+    loss = task.loss(params, task.minibatch(data, count, random))
+    if not isinstance(loss, Tensor) or loss.shape != (count,):
+        found_loss = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss of {count} copies must be a tensor of shape ({count},), got {found_loss}")
+    grads = torch.autograd.grad(loss.sum(), params, allow_unused=True)
+    if unused := [index for index, grad in enumerate(grads) if grad is None]:
+        raise ValueError(f"loss does not depend on parameter tensor {unused[0]}: leave it out of shapes")
+
+
+def _check_data(data: Data) -> None:
+    """Raise ValueError for what a checkpoint could not hold."""
+    if type(data) in (dict, list, tuple):
+        for value in data.values() if isinstance(data, dict) else data:
+            _check_data(value)
+    elif not (data is None or isinstance(data, Tensor) or type(data) in (bool, int, float, str)):
+        raise ValueError(
+            f"instance must return tensors, numbers and strings in dicts, lists and tuples, which a checkpoint can "
+            f"hold, got {type(data).__name__}: keep other things in the task itself"
+        )
 
 
 class Wrapper(Task):
