@@ -103,6 +103,8 @@ class HRNNConfig:
         for field in dataclasses.fields(self):
             if field.type == "bool" and type(getattr(self, field.name)) is not bool:
                 raise ValueError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}")
+            if field.type == "float" and type(getattr(self, field.name)) not in (int, float):
+                raise ValueError(f"{field.name} must be a number, got {getattr(self, field.name)!r}")
         if self.relative_log_lr not in ("problem", "tensor", None):
             raise ValueError(f"relative_log_lr must be 'problem', 'tensor' or None, got {self.relative_log_lr!r}")
         if self.global_input not in ("mean", "last"):

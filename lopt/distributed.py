@@ -30,6 +30,7 @@ Tests: tests/test_distributed.py.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -293,11 +294,18 @@ def _peers(params: Sequence[Tensor]) -> dict[Peers, list[int]]:
     return rows
 
 
+@functools.lru_cache(maxsize=64)
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows of a table, on its device: sending them at every step would make the step wait."""
+    return torch.tensor(rows, device=device)
+
+
 def _sum(table: Tensor, rows: list[int], peers: Peers) -> None:
     """Add up rows of a table, [T] or [T, K], over processes, in place. All of them get the same bits."""
-    part = (table if len(rows) == len(table) else table[rows]).to(peers.device)
+    index = None if len(rows) == len(table) else _index(tuple(rows), table.device)
+    part = (table if index is None else table[index]).to(peers.device)
     dist.all_reduce(part, group=peers.group)
-    if len(rows) == len(table):
+    if index is None:
         table.copy_(part)
     else:
-        table[rows] = part.to(table.device)
+        table[index] = part.to(table.device)

@@ -58,6 +58,8 @@ OPTIONS = {
     "train_mode": True,
 }  # of a parameter group, with their defaults
 
+OWN_OPTIONS = {"init_lr", "base_fan_in", "base_depth", "train_mode"}  # those that no other optimizer's groups have
+
 Group = dict[str, Any]
 
 
@@ -182,8 +184,7 @@ class HRNN(Optimizer):
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite={nonfinite!r} must be one of {', '.join(NONFINITE)}")
-        if state_format not in FORMATS:
-            raise ValueError(f"state_format={state_format!r} must be one of {', '.join(FORMATS)}")
+        _check_format(state_format)
         backends.check_name(backend)
         options = {
             "lr": lr,
@@ -240,7 +241,13 @@ class HRNN(Optimizer):
         Args:
             params: as for the optimizer; those that require a gradient count. Of a DTensor its local shard does.
             meta, state_format: as for the optimizer.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it should be.
         """
+        if isinstance(params, Tensor):
+            raise TypeError("params must be an iterable of tensors or of groups, got a tensor: give it in a list")
+        _check_format(state_format)
         config = MetaParams.resolve(meta).config
         given = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
         listed = [group if isinstance(group, Tensor) else list(group) for group in given]
@@ -271,6 +278,8 @@ class HRNN(Optimizer):
             ValueError: an option of the group is out of range.
         """
         if isinstance(param_group, dict):
+            if misplaced := sorted(param_group.keys() & {"meta", "min_lr", "state_format", "backend", "nonfinite"}):
+                raise ValueError(f"{misplaced[0]} is of the whole optimizer, not of a group: pass it to HRNN")
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._sharded, self._listed = None, None
@@ -311,13 +320,19 @@ class HRNN(Optimizer):
         The state stays float32, or compact, whatever the parameters' dtype is.
 
         Raises:
-            ValueError: the groups do not match, or a state has another architecture or shape; nothing is changed then.
+            ValueError: the groups do not match, or are another optimizer's, or a state has another architecture or
+                shape; nothing is changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
         # Torch casts state to the parameter's dtype, so it is given the groups alone: `take` runs after every other
         # pre-hook, `put` before every other post-hook.
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            if foreign := [group for group in state_dict["param_groups"] if not group.keys() & OWN_OPTIONS]:
+                raise ValueError(
+                    f"the groups to load have {', '.join(sorted(foreign[0].keys() - {'params'}))} and nothing of HRNN's: "
+                    f"they were saved by another optimizer, whose learning rates are others. Load the model alone"
+                )
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
@@ -647,7 +662,7 @@ class HRNN(Optimizer):
             damping,
             distance,
             numel=numel,
-            maximize=[group["maximize"] for group in groups],
+            maximize=[bool(group["maximize"]) for group in groups],
             grad_scale=grad_scale,
             skip=skip,
             update=plan.update,
@@ -740,6 +755,10 @@ class HRNN(Optimizer):
         )
 
     def _raise_nonfinite(self) -> None:
+        given = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        strided = [real(distributed.local(grad)) for grad in given if grad.layout is torch.strided]
+        if within_limit(strided, None, torch.device("cpu")):
+            return
         for position, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 grad = param.grad
@@ -811,12 +830,25 @@ def _lowered(meta: MetaParams, init_lr: float) -> MetaParams:
 
 def _bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -> MetaParams:
     """The same meta-parameters with another bound below the learned rates: `log_lr_min_steps`, `.._distance`."""
-    if not (0 < min_lr < math.inf and math.log(min_lr) < meta.config.log_lr_max):
+    if not _is(min_lr, lambda value: 0 < value < math.inf and math.log(value) < meta.config.log_lr_max):
         raise ValueError(
-            f"Invalid min_lr: {min_lr}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
+            f"Invalid min_lr: {min_lr!r}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
         )
     bound = {"log_lr_min": math.log(min_lr), "log_lr_min_steps": steps, "log_lr_min_distance": distance}
     return MetaParams(dataclasses.replace(meta.config, **bound), meta)  # type: ignore[arg-type]
+
+
+def _check_format(state_format: str) -> None:
+    if state_format not in FORMATS:
+        raise ValueError(f"state_format={state_format!r} must be one of {', '.join(FORMATS)}")
+
+
+def _is(value: Any, in_range: Callable[[Any], bool]) -> bool:
+    """Whether a value is a number in a range."""
+    try:
+        return bool(in_range(value))
+    except TypeError:
+        return False
 
 
 def _check_group(group: Group) -> None:
@@ -826,16 +858,16 @@ def _check_group(group: Group) -> None:
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
         lr = 1.0 if lr.is_meta else lr.item()
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"Invalid learning rate: {lr}; it is a finite factor >= 0 of the learned step")
-    if not 0 < init_lr < math.inf:
-        raise ValueError(f"Invalid init_lr: {init_lr}; it is the positive learning rate to start from")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be finite and >= 0")
-    if (base := group["base_fan_in"]) is not None and not 0 < base:
-        raise ValueError(f"Invalid base_fan_in: {base}; it is a positive number of inputs, or None for no limit")
-    if (base := group["base_depth"]) is not None and not 0 < base:
-        raise ValueError(f"Invalid base_depth: {base}; it is a positive number of matrices, or None for no limit")
+    if not _is(lr, lambda value: 0 <= value < math.inf):
+        raise ValueError(f"Invalid learning rate: {lr!r}; it is a finite factor >= 0 of the learned step")
+    if not _is(init_lr, lambda value: 0 < value < math.inf):
+        raise ValueError(f"Invalid init_lr: {init_lr!r}; it is the positive learning rate to start from")
+    if not _is(weight_decay, lambda value: 0 <= value < math.inf):
+        raise ValueError(f"Invalid weight_decay value: {weight_decay!r}; it must be finite and >= 0")
+    if (base := group["base_fan_in"]) is not None and not _is(base, lambda value: 0 < value):
+        raise ValueError(f"Invalid base_fan_in: {base!r}; it is a positive number of inputs, or None for no limit")
+    if (base := group["base_depth"]) is not None and not _is(base, lambda value: 0 < value):
+        raise ValueError(f"Invalid base_depth: {base!r}; it is a positive number of matrices, or None for no limit")
     for name in ("foreach", "differentiable"):
         if group[name]:
             raise ValueError(f"HRNN has no {name} implementation: leave {name} at its default")

@@ -353,9 +353,13 @@ class MetaParams(Mapping[str, Tensor]):
         Raises:
             FileNotFoundError: neither a file nor the name of shipped weights.
             ValueError: the file does not hold meta-parameters.
+            TypeError: something else.
         """
         if isinstance(meta, MetaParams):
             return meta
+        if not (meta is None or isinstance(meta, str | os.PathLike)):
+            cure = "; MetaParams.init(config) makes untrained ones" if isinstance(meta, HRNNConfig) else ""
+            raise TypeError(f"meta must be MetaParams, a path, a name or None, got {type(meta).__name__}{cure}")
         shipped = cls.shipped()
         if meta is None:
             return cls.load([*shipped.values()][-1]) if shipped else cls.init()

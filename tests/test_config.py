@@ -36,6 +36,8 @@ def test_tensor_gru_reads_hidden_state_alone_where_features_are_the_bare_average
         ({"relative_log_lr": "layer"}, ["relative_log_lr"]),
         ({"global_input": "first"}, ["global_input"]),
         ({"attention": 1}, ["attention"]),
+        ({"damping": "x"}, ["damping"]),
+        ({"log_lr_min": None}, ["log_lr_min"]),
         ({"dynamic_output_scale": False}, ["relative_log_lr", "dynamic_output_scale"]),
         (
             {"dynamic_output_scale": False, "relative_log_lr": None, "extreme_indicator": True, "lr_shortcut": True},

@@ -417,6 +417,12 @@ def test_tensor_lr_of_any_dimension_equals_the_float(place, shape):
         ({"base_depth": -1}, "Invalid base_depth: -1"),
         ({"min_lr": 0}, "Invalid min_lr: 0"),
         ({"min_lr": math.inf}, "Invalid min_lr: inf"),
+        ({"lr": "1"}, "Invalid learning rate: '1'"),
+        ({"weight_decay": "0.1"}, "Invalid weight_decay value: '0.1'"),
+        ({"init_lr": None}, "Invalid init_lr: None"),
+        ({"base_fan_in": "40"}, "Invalid base_fan_in: '40'"),
+        ({"base_depth": "2"}, "Invalid base_depth: '2'"),
+        ({"min_lr": "x"}, "Invalid min_lr: 'x'"),
         ({"foreach": True}, "no foreach implementation"),
         ({"differentiable": True}, "no differentiable implementation"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),
@@ -428,6 +434,17 @@ def test_construction_refuses_what_it_cannot_do(options, message):
     for params in ([param], [{"params": [param], "lr": 1.0, "init_lr": 1e-3, "weight_decay": 0.0}]):
         with pytest.raises(ValueError, match=message):
             HRNN(params, **options)
+
+
+@pytest.mark.parametrize("name", ["meta", "min_lr", "state_format", "backend", "nonfinite"])
+def test_a_group_refuses_what_is_of_the_whole_optimizer(name):
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"{name} is of the whole optimizer, not of a group"):
+        HRNN([{"params": params, name: None}])
+    optimizer = HRNN(params[:1])
+    with pytest.raises(ValueError, match=f"{name} is of the whole optimizer, not of a group"):
+        optimizer.add_param_group({"params": params[1:], name: None})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize(
@@ -1039,6 +1056,25 @@ def test_parameters_made_of_tensors_are_for_the_reference(place):
     assert torch.equal(param.detach().a, plain.detach())
 
 
+def test_gradients_without_memory_of_their_own_are_refused(place):
+    (param,) = place.params((5,))
+    values = torch.ones(5, device=place.device)
+    param.grad = TwoTensor(values.clone(), values.clone())
+    if place.backend == "reference":
+        return
+    before = param.detach().clone()
+    with pytest.raises(TypeError, match="is a TwoTensor without memory of its own, and kernels cannot read it"):
+        place.hrnn([param]).step()
+    assert torch.equal(param, before)
+
+
+def test_memory_refuses_what_construction_refuses():
+    with pytest.raises(TypeError, match="an iterable of tensors or of groups, got a tensor"):
+        HRNN.memory(torch.zeros(3, 4, requires_grad=True))
+    with pytest.raises(ValueError, match="state_format='compct' must be one of"):
+        HRNN.memory([torch.zeros(3, requires_grad=True)], state_format="compct")
+
+
 @pytest.mark.parametrize("meta", list(METAS))
 def test_memory_foretells_the_bytes_of_state_and_of_a_checkpoint(meta):
     params = Place("reference", "cpu").params((40, 50), (50,), (), (0,), (4, 3, 5, 2))
@@ -1158,6 +1194,18 @@ def test_a_dictionary_with_missing_options_or_a_plain_step_number_loads(place):
     assert {state["step"].item() for state in target.state.values()} == {3}
 
 
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_groups_of_another_optimizer_are_refused(other):
+    params = Place("reference", "cpu").params((3, 4))
+    optimizer = HRNN(params)
+    train(optimizer, 2)
+    before, groups = content(optimizer), copy.deepcopy(optimizer.param_groups)
+    with pytest.raises(ValueError, match=r"groups to load have .*lr, .* and nothing of HRNN's"):
+        optimizer.load_state_dict(other(params, lr=3e-4).state_dict())
+    assert_same(content(optimizer), before)
+    assert [group.keys() for group in groups] == [group.keys() for group in optimizer.param_groups]
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
@@ -1168,7 +1216,7 @@ def test_a_dictionary_with_missing_options_or_a_plain_step_number_loads(place):
             r"'hidden' of parameter 0 has shape \(10, 6, 5\) in the state to load and must have \(12, 6, 5\)",
         ),
         ("model", r"'hidden' of parameter 0 has shape \(10, 3\) in the state to load and must have \(10, 6, 5\)"),
-        ("adamw", "lacks hidden, accum"),
+        ("adamw", "nothing of HRNN's"),
         ("groups", "different number of parameter groups"),
         ("sizes", "doesn't match the size of optimizer's group"),
     ],

@@ -191,6 +191,10 @@ def test_resolve_takes_params_paths_and_names(tmp_path):
     assert equal(MetaParams.resolve(str(tmp_path / "mine.safetensors")), meta)
     for name in MetaParams.shipped():
         assert MetaParams.resolve(name).config.hidden_size == 10
+    with pytest.raises(TypeError, match=r"got HRNNConfig; MetaParams.init\(config\) makes untrained ones"):
+        MetaParams.resolve(HRNNConfig())
+    with pytest.raises(TypeError, match="meta must be MetaParams, a path, a name or None, got int"):
+        MetaParams.resolve(5)
     with pytest.raises(FileNotFoundError, match="'unheard-of' is neither a file nor the name of shipped weights"):
         MetaParams.resolve("unheard-of")
 

@@ -29,13 +29,19 @@ class Backend(NamedTuple):
     device: str
 
 
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for, in the words that Triton knows."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 BACKENDS = {
     "cuda": Backend("lopt.backends.cuda", "cuda"),
     "triton": Backend("lopt.backends.triton", "cuda"),
     "cpu": Backend("lopt.backends.cpu", "cpu"),
     "reference": Backend("lopt.backends.reference", "*"),
 }  # fastest first
-if os.environ.get("TRITON_INTERPRET") == "1":  # then they run, slowly, on the CPU: for tests, never chosen unasked
+if interpreted():  # then they run, slowly, on the CPU: for tests, never chosen unasked
     del BACKENDS["triton"]
     BACKENDS["triton"] = Backend("lopt.backends.triton", "cpu")
 

@@ -12,8 +12,19 @@ from torch import Tensor
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each tensor begins in memory."""
-    return list(map(Tensor.data_ptr, tensors))
+    """Where each tensor begins in memory.
+
+    Raises:
+        TypeError: one has none, as tensors made of other tensors or of no numbers.
+    """
+    found = list(map(Tensor.data_ptr, tensors))
+    if 0 in found:
+        kind = type(tensors[found.index(0)]).__name__
+        raise TypeError(
+            f"a parameter, its gradient or its state is a {kind} without memory of its own, and kernels cannot read "
+            f"it: give plain tensors, of an AsyncCollectiveTensor what wait() returns, or pass backend='reference'"
+        )
+    return found
 
 
 def are(left: Sequence[object], right: Sequence[object]) -> bool:

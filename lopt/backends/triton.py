@@ -6,10 +6,13 @@ on CPU tensors: that is how tests/kernels/test_hrnn.py checks them without a GPU
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lopt import compact
-from lopt.backends import coverage, gpu
+from lopt.backends import coverage, gpu, interpreted
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
 from lopt.metaparams import MetaParams
 
@@ -37,21 +40,31 @@ STREAM = Tile(1024, 4, None)  # of the kernels that only pass over memory
 CHUNK = 2048  # fewest parameters: enough to pay for adding up the sums
 STATE_FORMATS = ("float32", "compact")
 LARGEST_LEVEL = 1024  # hidden units
+OLDEST = (3, 6)  # version of Triton
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter is asked for."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def absent() -> str | None:
+    """Why the kernels cannot be imported, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install lopt[triton]"
+    for package in ("triton", "pytorch-triton"):  # the latter of PyTorch's nightly builds
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+            if tuple(map(int, version.split(".")[:2])) < OLDEST:
+                return f"triton {version} is older than {'.'.join(map(str, OLDEST))}, which PyTorch 2.10 brings"
+    return None
 
 
 def unusable() -> str | None:
     """Why this backend cannot run on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install lopt[triton]"
+    if reason := absent():
+        return reason
     if interpreted():
         return None
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton compiles with gcc or clang, and neither is on PATH; the environment variable CC names another"
     major, minor = torch.cuda.get_device_capability()
     if torch.version.hip is not None or major < 7:
         return (

@@ -135,6 +135,7 @@ class Kernels(flat.Kernels):
             ATTENTION=int(call.attention),
             BACKWARD=d_sums is not None,
             num_warps=1,
+            **OPTIONS,
         )
         return shared
 
@@ -150,7 +151,7 @@ class Kernels(flat.Kernels):
         kernels, tensors = _kernels(), len(call.sizes)
         sums = groups.new_empty(*call.batch, tensors, columns)
         kernels.add_groups[(len(groups) * tensors,)](
-            groups, layout.firsts, sums, tensors, groups.shape[-1], columns, SKIPPED=skipped, num_warps=1
+            groups, layout.firsts, sums, tensors, groups.shape[-1], columns, SKIPPED=skipped, num_warps=1, **OPTIONS
         )
         return sums
 

@@ -395,8 +395,8 @@ def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
             *lines,
             f"Architectures meta-trained alike, each at HRNN's defaults on {len(tasks)} tasks, beside the full one: "
             "losses relative to it, interquartile mean over tasks and seeds, and where there are several seeds its "
-            "95 % confidence interval. Above 1, what was taken away is of use; attention is an addition. The intervals say nothing of other seeds of "
-            "meta-training.\n",
+            "95 % confidence interval. Above 1, what was taken away is of use; attention is an addition. The intervals "
+            "say nothing of other seeds of meta-training.\n",
             *([f"Not there: {', '.join(missing)}.\n"] if missing else []),
             *_markdown(head, rows),
             "\n![Losses relative to the full architecture](ablations.png)\n",

@@ -62,7 +62,8 @@ def test_tuning_takes_the_lowest_geometric_mean_of_each_task():
 def test_of_rates_that_solve_a_task_tuning_takes_the_one_that_is_fastest():
     solved = {3e-3: -5.0, 1e-2: -9.0, 3e-2: -7.0}  # rate: area
     results = table(lambda task, rate, seed: 1e-7 / rate if rate in solved else 0.5)
-    results = {run: dataclasses.replace(result, area=solved.get(run.setting.lr, -9.5)) for run, result in results.items()}
+    for run, result in results.items():
+        results[run] = dataclasses.replace(result, area=solved.get(run.setting.lr, -9.5))
     entrant = statistics.tuned(results, TASKS, 10, SEEDS, "adam")
     assert {setting.lr for setting in entrant.settings.values()} == {1e-2}
 

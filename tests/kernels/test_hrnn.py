@@ -457,6 +457,20 @@ def test_cuda_tensors_take_cuda_then_triton_then_the_reference(monkeypatch):
         backends.choose(GPU, HRNNConfig(), "cuda")
 
 
+def test_triton_that_is_too_old_or_cannot_compile_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    for found, reason in (("3.3.1", "triton 3.3.1 is older than 3.6"), ("3.6.0", None), ("3.10.0+git1234", None)):
+        monkeypatch.setattr(triton.importlib.metadata, "version", lambda _, found=found: found)
+        assert (triton.unusable() or "").startswith(reason or "") and (triton.unusable() is None) == (reason is None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert "gcc or clang" in triton.unusable()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert triton.unusable() is None
+
+
 @pytest.mark.skipif(native.absent() is not None or "cuda" not in native.left_out(), reason="CUDA kernels were built")
 def test_cuda_kernels_that_were_left_out_say_why_and_the_cure():
     assert "Reinstall lopt with" in (cuda.unusable() or "")
