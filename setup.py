@@ -161,7 +161,7 @@ class Ninja(build_ext):
             works, reason = links([*cxx, *COMMON, *SHARED, *openmp], "#include <omp.h>\nint n = omp_get_num_procs();\n")
             if not works:
                 openmp, skipped["openmp"] = [], f"{cxx[-1]} -fopenmp: {reason}"
-            (folder / "build.ninja").write_text(self.ninja(cxx, openmp, nvcc, folder, module))
+            (folder / "build.ninja").write_text(self.ninja(cxx, openmp, nvcc, module))
             if subprocess.call([sys.executable, "-m", "ninja", "-C", str(folder)]):
                 raise SystemExit("lopt._C does not compile, see above. LOPT_CPP=0 installs lopt without it.")
         else:
@@ -171,7 +171,7 @@ class Ninja(build_ext):
         for part, reason in skipped.items():
             print(f"lopt: {part} part left out: {reason}", file=sys.stderr)
 
-    def ninja(self, cxx, openmp, nvcc, folder, module):
+    def ninja(self, cxx, openmp, nvcc, module):
         """Returns the text of build.ninja: an object per ONCE and CUDA file, and per PER_ISA file and ISA."""
         isas = ISAS.get(run([*cxx, "-dumpmachine"])[1].split("-")[0], ISAS_ELSEWHERE)
         archs = os.environ.get("LOPT_CUDA_ARCHS") or default_archs(nvcc)

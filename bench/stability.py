@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from lopt.train import TrainError, command, textures
-from lopt.train.arguments import whole
+from lopt.train.arguments import current_device, whole
 from lopt.train.metrics import COLUMNS, read_metrics
 
 RIVALS = ("adamw:0.0001", "adamw:0.0003", "adamw:0.001", "sgd:0.1")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="some of the device's models (default: all)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="of HRNN (default: 5000 on a GPU)")
     parser.add_argument("--rival-steps", type=whole(1), metavar="N", help="of the others (default: 1000 on a GPU)")
-    parser.add_argument("--meta", metavar="NAME|FILE", help="learned weights (default: the shipped ones)")
+    parser.add_argument("--meta", metavar="NAME|FILE", help="meta-parameters (default: the shipped ones)")
     parser.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU (default: torch's own)")
     parser.add_argument(
         "--jobs",
@@ -91,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`lopt bench stability`: draw images, train, print a table. Exit code: of `lopt train`, 1 if HRNN diverged."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scale = SCALES[torch.device(device).type]
+    kind = current_device(device).type
+    if kind not in SCALES:
+        raise ValueError(f"--device {device}: it runs on {' and '.join(SCALES)}")
+    scale = SCALES[kind]
     cases = [case for case in scale.cases if args.models is None or case.model in args.models]
     if not cases:
         raise ValueError(f"--models {args.models[0]}: there are {', '.join(case.model for case in scale.cases)}")

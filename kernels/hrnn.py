@@ -40,7 +40,7 @@ TIMESCALES = tl.constexpr(4)
 PAIRS = tl.constexpr(5)  # of hidden units
 ROWS = tl.constexpr(21)  # inputs of a gate: hidden state, then features; the optional products are last
 ROWS_WITHOUT_PRODUCTS = tl.constexpr(18)
-FEATURES = tl.constexpr(11)  # scaled averages 4 | binary log of root mean squares 3 | relative log lr | products 3
+# Features: scaled averages 4 | binary log of root mean squares 3 | relative log lr | products 3.
 
 # Meta-parameters of the parameter level, float32 [WEIGHTS]. Weights into a sigmoid carry a factor -log2(e), into the
 # tanh -2 log2(e); those of the log mean squares -2 ln(2), as the feature is log2(rms_4 / rms_s).

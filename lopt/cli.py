@@ -27,7 +27,10 @@ COMMANDS = {
     "meta-train": Command("lopt.meta.command", "meta-train an optimizer on many small tasks"),
     "evaluate": Command("lopt.evaluate.command", "compare meta-parameters with tuned optimizers on held-out tasks"),
     "replay": Command("lopt.interop.tf1", "replay a recorded trajectory and print the worst error of each slot"),
-    "bench": Command("lopt.bench.command", "time optimizer steps beside torch.optim's"),
+    "bench": Command(
+        "lopt.bench.command",
+        "time and check: optimizer steps, trainings beside torch.optim's, stability, meta-training",
+    ),
     "info": Command("lopt.info", "print versions, how lopt was built, and which backends can be used"),
 }
 
@@ -38,8 +41,8 @@ EXTRAS = {  # module -> (what pip calls it, extra of lopt that brings it)
     "pytorchcv": ("pytorchcv", "train"),
     "sklearn": ("scikit-learn", "train"),
     "tensorboard": ("tensorboard", "train"),
-    "timm": ("timm", "hub"),
-    "torchvision": ("torchvision", "hub"),
+    "timm": ("timm", "models"),
+    "torchvision": ("torchvision", "models"),
     "tqdm": ("tqdm", "train"),
     "triton": ("triton", "triton"),
 }

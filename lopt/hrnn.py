@@ -329,9 +329,10 @@ class HRNN(Optimizer):
         # pre-hook, `put` before every other post-hook.
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             if foreign := [group for group in state_dict["param_groups"] if not group.keys() & OWN_OPTIONS]:
+                found = ", ".join(sorted(foreign[0].keys() - {"params"}))
                 raise ValueError(
-                    f"the groups to load have {', '.join(sorted(foreign[0].keys() - {'params'}))} and nothing of HRNN's: "
-                    f"they were saved by another optimizer, whose learning rates are others. Load the model alone"
+                    f"the groups to load have {found} and nothing of HRNN's: they were saved by another optimizer, "
+                    f"with other learning rates. Load the model alone"
                 )
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]

@@ -138,7 +138,7 @@ def test_metadata_has_one_version_and_bounds_torch():
     assert set(core) == {"torch", "numpy", "safetensors"}
     assert "<" in core["torch"]
     assert ">=" in core["torch"]
-    assert {"train", "test", "hub", "triton"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"train", "test", "models", "triton"} <= set(metadata.get_all("Provides-Extra"))
     assert [script.value for script in importlib.metadata.entry_points(group="console_scripts", name="lopt")] == [
         "lopt.cli:main"
     ]

@@ -29,7 +29,6 @@ class Backend(NamedTuple):
     device: str
 
 
-
 def interpreted() -> bool:
     """Whether Triton's interpreter is asked for, in the words that Triton knows."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -340,7 +340,7 @@ class World:
 
     def restart(self, meta: Meta) -> list[int]:
         """Begin new episodes where the old ones are over; returns the tasks. Gradients flow into the initial states."""
-        mix, config, random = self.mix, self.mix.config, self.random
+        mix, random = self.mix, self.random
         over = [p for p in range(len(mix)) if self.age[p] >= self.length[p]]
         if not over:
             return over
@@ -360,7 +360,7 @@ class World:
         self.staggered = False
         restarted = torch.tensor([p in over for p in range(len(mix))], device=mix.device)
         self.attended = torch.where(mix.problems.expand(restarted.float()) > 0, self.theta, self.attended)
-        self.state = restart_state(meta, config, mix, self.state, restarted, log_lr)
+        self.state = restart_state(meta, mix, self.state, restarted, log_lr)
         return over
 
     def _draw(self, task: Task, p: int, log_lr: Tensor) -> None:
@@ -484,9 +484,7 @@ def empty_state(config: HRNNConfig, rows: int, mix: Mix) -> FlatState:
     )
 
 
-def restart_state(
-    meta: Meta, config: HRNNConfig, mix: Mix, state: FlatState, restarted: Tensor, log_lr: Tensor
-) -> FlatState:
+def restart_state(meta: Meta, mix: Mix, state: FlatState, restarted: Tensor, log_lr: Tensor) -> FlatState:
     """The state with that of some tasks as before their first step; gradients flow into the initial hidden states.
 
     Args:

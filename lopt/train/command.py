@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--ema", type=decay, metavar="DECAY", help="test weights averaged over the steps too (often 0.9999)"
     )
-    how.add_argument("--meta", metavar="NAME|FILE", help="hrnn: learned weights (default: the shipped ones)")
+    how.add_argument("--meta", metavar="NAME|FILE", help="hrnn: meta-parameters (default: the shipped ones)")
     how.add_argument("--state-format", choices=FORMATS, help="hrnn: 76 or, compact, 40 bytes of state per parameter")
     how.add_argument("--backend", metavar="NAME", help="hrnn: reference, cpu, triton or cuda (default: the fastest)")
     how.add_argument(

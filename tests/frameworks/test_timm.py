@@ -10,7 +10,7 @@ import torch
 from lopt import HRNN
 
 NAME = "hrnn"
-REASON = "timm, with the torchvision that fits torch, is not installed: pip install 'lopt[hub]'"
+REASON = "timm, with the torchvision that fits torch, is not installed: pip install 'lopt[models]'"
 timm_optim = pytest.importorskip("timm.optim", reason=REASON, exc_type=ImportError)
 timm_scheduler = pytest.importorskip("timm.scheduler", reason=REASON, exc_type=ImportError)
 factory = pytest.importorskip("timm.optim._optim_factory", reason=REASON, exc_type=ImportError)

@@ -81,12 +81,12 @@ def version(module: str) -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version(module).split(".")[:2])
 
 
-TRITON = importlib.util.find_spec("triton") is not None
+TRITON = triton.absent() is None
 OLD = TRITON and version("triton") < (3, 7) and version("numpy") >= (2, 4)  # loops need int(np.array([1]))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-@pytest.mark.skipif(not TRITON, reason="triton is not installed: pip install lopt[triton]")
+@pytest.mark.skipif(not TRITON, reason=str(triton.absent()))
 @pytest.mark.skipif(OLD, reason="the interpreter of triton before 3.7 does not work with numpy 2.4 or later")
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["test_hrnn.py", "test_hrnn_meta.py"])
