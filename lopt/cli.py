@@ -27,10 +27,7 @@ COMMANDS = {
     "meta-train": Command("lopt.meta.command", "meta-train an optimizer on many small tasks"),
     "evaluate": Command("lopt.evaluate.command", "compare meta-parameters with tuned optimizers on held-out tasks"),
     "replay": Command("lopt.interop.tf1", "replay a recorded trajectory and print the worst error of each slot"),
-    "bench": Command(
-        "lopt.bench.command",
-        "time and check: optimizer steps, trainings beside torch.optim's, stability, meta-training",
-    ),
+    "bench": Command("lopt.bench.command", "time steps, trainings and meta-training beside others, and test stability"),
     "info": Command("lopt.info", "print versions, how lopt was built, and which backends can be used"),
 }
 

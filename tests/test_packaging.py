@@ -86,7 +86,7 @@ def test_kernels_are_compiled_once_per_instruction_set_and_the_rest_once(recipe,
     command = recipe["given"]["cmdclass"]["build_ext"](setuptools.Distribution({"version": lopt.__version__}))
     isas = recipe["ISAS"]["x86_64"]
     monkeypatch.setitem(command.ninja.__globals__, "run", lambda command: (True, "x86_64-linux-gnu"))
-    text = command.ninja(["a c++"], ["-fopenmp"], [], tmp_path, tmp_path / "some $folder: x" / "_C.so")
+    text = command.ninja(["a c++"], ["-fopenmp"], [], tmp_path / "some $folder: x" / "_C.so")
     for source in recipe["PER_ISA"]:
         assert [f"build {source.name}.{isa}.o: compile" in text for isa in isas] == [True] * len(isas)
     for source in recipe["ONCE"]:
