@@ -296,7 +296,14 @@ static const lopt::gpu::Launches& launches(bool emulated) {
   return lopt::gpu::emulated;
 }
 
-static void check_launch(const char* stage, const char* error) {
+// A launch waits where the queue of the device is full; other threads of Python go on.
+template <class Args>
+static void launch(const char* stage, const char* (*stage_of)(const Args&, void*), const Args& args, int64_t stream) {
+  const char* error;
+  {
+    const py::gil_scoped_release others;
+    error = stage_of(args, pointer<void>(stream));
+  }
   if (error) throw std::runtime_error(std::string("launch of ") + stage + " failed: " + error);
 }
 
@@ -329,7 +336,7 @@ static void gpu_advance(bool emulated, int64_t stream, const py::dict& values) {
   args.partials = named.address<float>("partials");
   args.tickets = named.address<int32_t>("tickets");
   args.sums = named.address<float>("sums");
-  check_launch("advance", launches(emulated).advance(args, pointer<void>(stream)));
+  launch("advance", launches(emulated).advance, args, stream);
 }
 
 static void gpu_summarise(bool emulated, int64_t stream, const py::dict& values) {
@@ -358,7 +365,7 @@ static void gpu_summarise(bool emulated, int64_t stream, const py::dict& values)
   args.scale = named.address<float>("scale");
   args.states = named.address<float>("states");
   args.ticket = named.address<int32_t>("ticket");
-  check_launch("summarise", launches(emulated).summarise(args, pointer<void>(stream)));
+  launch("summarise", launches(emulated).summarise, args, stream);
 }
 
 static void gpu_apply(bool emulated, int64_t stream, const py::dict& values) {
@@ -372,7 +379,7 @@ static void gpu_apply(bool emulated, int64_t stream, const py::dict& values) {
   args.attention_update = named.address<const float>("attention_update");
   args.scale = named.address<const float>("scale");
   args.skip = named.address<const float>("skip");
-  check_launch("apply", launches(emulated).apply(args, pointer<void>(stream)));
+  launch("apply", launches(emulated).apply, args, stream);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -391,6 +398,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("meta_forward", &meta_forward, "The parameter level of many models, see lopt/backends/cpu_flat.py.");
   m.def("meta_backward", &meta_backward, "Its derivative.");
   m.def("gpu_layout", &gpu_layout, "Columns of the tables of the GPU kernels, offsets of weights, sizes of scratch memory.");
+  m.def("gpu_check", [] { return launches(false).check(); },
+        "Why the current device cannot run the kernels, or None. Raises RuntimeError where none were compiled.");
   m.def("gpu_advance", &gpu_advance, "Stage 1 on a GPU, or emulated on the host, see lopt/backends/cuda.py.");
   m.def("gpu_summarise", &gpu_summarise, "Stage 2.");
   m.def("gpu_apply", &gpu_apply, "Stage 3.");

@@ -48,6 +48,7 @@ const char* launch_apply(const gpu::Apply& args, void*) {
 
 namespace lopt::gpu {
 
-const Launches emulated = {emulated_kernels::launch_advance, emulated_kernels::launch_summarise, emulated_kernels::launch_apply};
+const Launches emulated = {emulated_kernels::launch_advance, emulated_kernels::launch_summarise, emulated_kernels::launch_apply,
+                           []() -> const char* { return nullptr; }};
 
 }  // namespace lopt::gpu

@@ -54,9 +54,18 @@ const char* launch_apply(const gpu::Apply& args, void* stream) {
   return launch(kernel, args.chunk_count, kStreamThreads, args, stream);
 }
 
+const char* check() {
+  cudaFuncAttributes found;
+  const cudaError_t status = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(hrnn_prepare));
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // it is told; nobody else has to meet it
+  return cudaGetErrorString(status);
+}
+
 }  // namespace
 }  // namespace lopt::LOPT_ISA
 
 namespace lopt::gpu {
-const Launches cuda = {cuda_kernels::launch_advance, cuda_kernels::launch_summarise, cuda_kernels::launch_apply};
+const Launches cuda = {cuda_kernels::launch_advance, cuda_kernels::launch_summarise, cuda_kernels::launch_apply,
+                       cuda_kernels::check};
 }  // namespace lopt::gpu

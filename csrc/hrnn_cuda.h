@@ -83,11 +83,13 @@ struct Apply {
   const float* skip;
 };
 
-// Each returns null, or what is wrong. `stream` is a cudaStream_t.
+// Each returns null, or what is wrong. `stream` is a cudaStream_t. `check` launches nothing: it asks whether the current
+// device and its driver can run what was compiled.
 struct Launches {
   const char* (*advance)(const Advance&, void* stream);
   const char* (*summarise)(const Summarise&, void* stream);
   const char* (*apply)(const Apply&, void* stream);
+  const char* (*check)();
 };
 
 extern const Launches cuda;      // where nvcc was found; the current device's

@@ -37,7 +37,7 @@ using gpu::SummaryColumn;
 using gpu::kPack;
 constexpr int kAligned = 4 * kPack;   // bytes of them in a row of floats
 constexpr int kAdvanceThreads = 128;  // of a block
-constexpr int kAdvanceBlocks = kPack == 4 ? 2 : 3;  // of a multiprocessor, at least: as many as registers allow without spills
+constexpr int kAdvanceBlocks = kPack == 4 ? 2 : 3;  // of a multiprocessor, at least: as many as registers allow, see bench/sass.py
 constexpr int kStreamThreads = 256;  // of the kernels that only pass over memory
 constexpr int kSummaryThreads = 256;
 constexpr int kSums = kHidden + kFeatures + 4;  // in the order of `Io`
@@ -316,9 +316,12 @@ LOPT_HD void prepare(const B& block, const gpu::Advance& args, PrepareShared& sh
     bool within = true;
     const auto look = [&](float value) { within &= fabsf(value * factor) <= limit; };  // false for NaN
     int64_t at = range.begin + 4 * thread;
-#ifdef __CUDA_ARCH__
-#pragma unroll 4
-#endif
+    constexpr int kAhead = 4;  // loads in flight: what is looked at one by one waits for memory each time
+    for (; at + 4 + (kAhead - 1) * 4 * B::threads <= range.end; at += kAhead * 4 * B::threads) {
+      Pack<float, 4> fours[kAhead];
+      LOPT_UNROLL for (int i = 0; i < kAhead; i++) fours[i] = load_pack<4>(dtype, grad, at + i * 4 * B::threads);
+      LOPT_UNROLL for (int i = 0; i < kAhead; i++) LOPT_UNROLL for (int p = 0; p < 4; p++) look(fours[i].part[p]);
+    }
     for (; at + 4 <= range.end; at += 4 * B::threads) {
       const Pack<float, 4> four = load_pack<4>(dtype, grad, at);
       LOPT_UNROLL for (int p = 0; p < 4; p++) look(four.part[p]);
@@ -868,20 +871,22 @@ LOPT_HD void apply(const B& block, const gpu::Apply& args) {
 
   const auto move = [&](auto number, int64_t at) {
     constexpr int P = decltype(number)::parts;
-    const auto moved = load_pack<P>(Dtype::f32, update, at) * step;
+    // Loads of a branch come before its arithmetic, so that none waits for another.
     if constexpr (attention) {
+      const auto length = load_pack<P>(Dtype::f32, update, at), attended = load_pack<P>(Dtype::f32, attention_update, at);
       const auto old = load_pack<P>(Dtype::f32, true_param, at), kept = old - old * decay;
-      store_pack(Dtype::f32, true_param, at, kept - moved);
-      store_pack(dtype, param, at, kept - load_pack<P>(Dtype::f32, attention_update, at) * attention_step);
+      store_pack(Dtype::f32, true_param, at, kept - length * step);
+      store_pack(dtype, param, at, kept - attended * attention_step);
     } else if (dtype == Dtype::f64) {
+      const auto moved = load_pack<P>(Dtype::f32, update, at) * step;
       double* const to = static_cast<double*>(param) + at;
       LOPT_UNROLL for (int p = 0; p < P; p++) {
         const double old = load_global(to + p);
         store_global(to + p, (old - old * decay) - moved.part[p]);
       }
     } else {
-      const auto old = load_pack<P>(dtype, param, at);
-      store_pack(dtype, param, at, (old - old * decay) - moved);
+      const auto length = load_pack<P>(Dtype::f32, update, at), old = load_pack<P>(dtype, param, at);
+      store_pack(dtype, param, at, (old - old * decay) - length * step);
     }
   };
   block.each([&](int thread) {

@@ -546,6 +546,8 @@ class HRNN(Optimizer):
                 f"optimizes floating and complex tensors: leave it out"
             )
         self._check_readable(param)
+        if _capturing(param.device):
+            raise _unprepared()
         log_lr = min(max(math.log(init_lr), self.config.log_lr_min), self.config.log_lr_max)
         shared = (
             other["global_hidden"]
@@ -712,11 +714,14 @@ class HRNN(Optimizer):
         Captured graphs write into the memory of theirs, which is therefore kept.
         """
         plans = self._plans.setdefault(device, [])
+        capturing = _capturing(device)
         if not (plans and plans[0].fits(sizes, orders)):
             kept = next((index for index, plan in enumerate(plans) if plan.fits(sizes, orders)), None)
+            if kept is None and capturing:
+                raise _unprepared()
             plans.insert(0, self._make_plan(device, sizes, orders, shards) if kept is None else plans.pop(kept))
             del plans[PLANS:]
-        if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        if capturing:
             if plans[0].backend.__name__.endswith(".reference"):
                 raise RuntimeError(
                     "the reference waits for the device, so it cannot be captured in a CUDA graph; fused kernels can: "
@@ -778,6 +783,18 @@ class HRNN(Optimizer):
 def _no_steps() -> Tensor:
     """A count of steps, [] on the CPU; it moves to where steps are taken."""
     return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device goes into a CUDA graph."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def _unprepared() -> RuntimeError:
+    return RuntimeError(
+        "there was no step yet over the tensors that have a gradient now, and graph capture cannot prepare for them: "
+        "run an ordinary optimizer step before each capture"
+    )
 
 
 def _sparse() -> RuntimeError:

@@ -111,11 +111,15 @@ def init_state(
         dtype: of the float32 format; float64 only serves to check kernels.
     """
     config, device = meta.config, param.device
+    zeros = torch.zeros(config.timescales, dtype=dtype, device=device)
+    of_one = {"hidden": meta["level0.init"].to(dtype=dtype, device=device), "accum": zeros, "ms": zeros}
+    if state_format == "compact":
+        of_one = compact.encode(of_one, compact.limit(meta))
     state = {}
     for row in rows(config, "parameter"):
-        state[row.name] = empty_rows(param, row.size(config), dtype=dtype).zero_()
-    hidden = meta["level0.init"].to(dtype=dtype, device=device)
-    state["hidden"].copy_(hidden.reshape(-1, *[1] * param.dim()).expand_as(state["hidden"]))
+        values = of_one.get(row.name, zeros[0])
+        own = state[row.name] = empty_rows(param, row.size(config), dtype=values.dtype)
+        own.copy_(values.reshape(-1, *[1] * param.dim()) if values.dim() else values)
     if config.dynamic_output_scale:
         state["log_lr"].fill_(log_lr)
         state["log_lr_mean"] = torch.full((), log_lr, dtype=dtype, device=device)
@@ -128,7 +132,7 @@ def init_state(
     if config.levels >= 2:
         state["tensor_hidden"] = meta["level1.init"].to(dtype=dtype, device=device, copy=True)
     state["step"] = torch.zeros((), dtype=dtype, device=device)
-    return convert(state, meta, state_format)
+    return state
 
 
 def convert(state: Mapping[str, Tensor], meta: MetaParams, state_format: str) -> dict[str, Tensor]:

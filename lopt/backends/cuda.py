@@ -44,6 +44,8 @@ def unusable() -> str | None:
             f"{torch.cuda.get_device_name()} ({capability[0]}.{capability[1]})"
         )
         return reason if capability < OLDEST else f"{reason}. Reinstall lopt without LOPT_CUDA_ARCHS"
+    if error := native.load().gpu_check():
+        return f"its kernels cannot be loaded: {error}. A driver older than nvcc's CUDA is the usual reason"
     return None
 
 

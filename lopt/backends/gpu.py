@@ -174,7 +174,7 @@ class Table:
     into spare memory with a copy that the graph repeats. Either way later steps outside of the graph do not touch it.
     """
 
-    SPARES = 2
+    SPARES = 8  # steps that one capture can hold with new addresses
 
     def __init__(self, columns: int, tensors: int, device: torch.device) -> None:
         self._columns: list[list[int] | None] = [None] * columns
@@ -227,7 +227,7 @@ class Table:
         if not self._spares:
             raise RuntimeError(
                 "addresses of parameters, gradients or state are not on the device yet, and graph capture cannot send "
-                "them: run an ordinary optimizer step before each capture"
+                f"them: run an ordinary optimizer step before each capture, and capture at most {self.SPARES} at once"
             )
         host, table = self._spares.pop()
         host.numpy()[:] = self._host

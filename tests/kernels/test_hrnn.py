@@ -624,7 +624,7 @@ def test_a_tensor_of_equal_parts_is_stepped_alike_in_all_of_them(target, state_f
     whole, part = torch.nn.Parameter(values.repeat(copies)), torch.nn.Parameter(values.clone())
     if target.device == GPU:
         assert HRNNConfig().hidden_size * whole.numel() > 2**31
-        needed = 160 * whole.numel()  # more than the state: the compact one is made from the float32 one
+        needed = 100 * whole.numel()  # state 76, parameter 4, gradient 4, update 4, and what PyTorch keeps
         if (free := torch.cuda.mem_get_info()[0]) < needed:
             pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
     for param in (whole, part):
