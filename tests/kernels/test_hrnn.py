@@ -355,7 +355,7 @@ def test_compact_state_has_the_codes_of_the_reference(target, config, beyond, mo
     be rounded to the next float16: 2^-10 of it, 16 codes of what the slopes of the gates, at most 1/2, leave of that.
     """
     meta, sizes = MetaParams.init(config, seed=3), (37,) if INTERPRETED else (1, 37, 516, 1300)
-    furthest = 4
+    furthest = 4 if target.device == CPU else 8  # a GPU's powers, logarithms and quotients are good to 2^-22
     if beyond:
         if target.module is not cuda:
             pytest.skip("only CUDA's kernel multiplies in float16")
@@ -545,16 +545,19 @@ SIZES = [1, 2, 15, 16, 17, 255, 256, 257, 2047, 2048, 2049, 4096, 100_003]
 
 
 def within_twice_of_float32(target: Target, config: HRNNConfig, sizes: list[int], steps: int) -> None:
-    """Assert that the kernels are at most twice as far from float64 as PyTorch in float32, and what few values vary."""
+    """Assert that the kernels are at most twice as far from float64 as PyTorch in float32, and what few values vary.
+
+    Powers, logarithms, quotients and roots of a GPU are good to 2^-22 or so, which is another AGREE.
+    """
     meta, shapes = MetaParams.init(config, seed=3), [(size,) for size in sizes]
     ours = Stages(target.module, meta, shapes, target.device, torch.float32)
     single, double = (Stages(reference, meta, shapes, target.device, dtype) for dtype in (torch.float32, torch.float64))
     for grads in gradients(shapes, steps):
         for run in (ours, single, double):
             run.step(grads)
-    right, rounded = double.values(), single.values()
+    right, rounded, floor = double.values(), single.values(), 2e-6 if target.device == CPU else AGREE
     for key, value in ours.values().items():
-        assert error(value, right[key]) <= 2 * error(rounded[key], right[key]) + max(2e-6, steps * 1e-8), key
+        assert error(value, right[key]) <= 2 * error(rounded[key], right[key]) + max(floor, steps * 1e-8), key
 
 
 @gpu_test
