@@ -63,8 +63,7 @@ def contenders() -> dict[str, Make]:
     """Fused kernels of lopt, torch's AdamW and, where it is installed, pylo's CUDA optimizers."""
 
     def hrnn(backend: str, state_format: str) -> Make:
-        meta = lopt.MetaParams.init()
-        return lambda params: lopt.HRNN(params, backend=backend, state_format=state_format, meta=meta)
+        return lambda params: lopt.HRNN(params, backend=backend, state_format=state_format)
 
     def adamw(**options: bool) -> Make:
         return lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True, **options)
@@ -174,7 +173,7 @@ def measure_tiles(case: str, rounds: int, out: Path) -> None:
         name = f"hrnn triton {tile.block}x{tile.warps}" + (f" {tile.registers} registers" if tile.registers else "")
         backend.TILE = tile
         try:
-            optimizer = lopt.HRNN(random_params(case), backend="triton", meta=lopt.MetaParams.init())
+            optimizer = lopt.HRNN(random_params(case), backend="triton")
             optimizer.step()
             return {("replay", name): captured(optimizer.step)}
         finally:

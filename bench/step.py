@@ -74,8 +74,7 @@ def contenders(device: torch.device, case: str) -> list[Contender]:
     """Everything that can run on a device: usable backends, the compiled reference on plain sizes, torch's AdamW."""
 
     def hrnn(backend: str, state_format: str = "float32") -> Callable[[list[Tensor]], Step]:
-        meta = lopt.MetaParams.init()
-        return lambda params: lopt.HRNN(params, backend=backend, state_format=state_format, meta=meta).step
+        return lambda params: lopt.HRNN(params, backend=backend, state_format=state_format).step
 
     def adamw(**options: bool) -> Callable[[list[Tensor]], Step]:
         return lambda params: torch.optim.AdamW(params, lr=1e-3, **options).step
@@ -107,7 +106,7 @@ def bytes_moved(contender: str) -> int:
 
 def compiled_reference(params: list[Tensor]) -> Step:
     """The reference's functional step under torch.compile."""
-    meta = lopt.MetaParams.init().to(device=params[0].device)
+    meta = lopt.MetaParams.resolve(None).to(device=params[0].device)
     segments = reference.Segments([param.numel() for param in params], params[0].device)
     param = torch.cat([param.detach().reshape(-1) for param in params])
     grad = torch.cat([param.grad.reshape(-1) for param in params if param.grad is not None])
