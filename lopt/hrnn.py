@@ -118,7 +118,7 @@ class HRNN(Optimizer):
     Args:
         params: parameters or parameter groups, real or complex, any floating dtype; the state is float32.
         lr: factor of the learned step, a float or a tensor with one element. Leave it at 1.0; schedules scale it.
-        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: the latest of these.
+        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: hrnn-10.
         init_lr: learning rate that every parameter starts from.
         weight_decay: decoupled, in AdamW's units: a step shrinks a tensor by lr * weight_decay * its learned rate.
         base_fan_in: the step of a tensor of more inputs, the product of its dimensions behind the first, is multiplied
@@ -130,7 +130,7 @@ class HRNN(Optimizer):
             (Yang, Yu, Zhu, Hayou 2024): the steps of many layers add up in the output, and meta-training knows few.
             None: the paper's rule.
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
-            the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.2 of a tensor's
+            the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.15 of a tensor's
             largest distance from its start over sqrt(1 + step).
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a

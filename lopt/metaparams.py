@@ -25,6 +25,7 @@ from lopt.config import HRNNConfig
 from lopt.interop.tf1_names import VARIABLE_NAMES, tf_shape
 
 FORMAT = "lopt.hrnn.1"
+DEFAULT = "hrnn-10"  # of the shipped meta-parameters, for who names none
 
 AFFINE_SCALE = 0.5  # standard deviation of an affine map's weights, times sqrt(fan in)
 READOUT_SCALE = 0.5
@@ -337,7 +338,7 @@ class MetaParams(Mapping[str, Tensor]):
 
     @staticmethod
     def shipped() -> dict[str, Path]:
-        """Name, hrnn-<number>, and file of the meta-parameters that come with the package; the last are the default."""
+        """Name, hrnn-<number>, and file of the meta-parameters that come with the package, by their number."""
         folder = Path(str(importlib.resources.files("lopt"))) / "weights"
         files = sorted(folder.glob("hrnn-*.safetensors"), key=lambda file: int(file.stem.removeprefix("hrnn-")))
         return {file.stem: file for file in files}
@@ -362,7 +363,7 @@ class MetaParams(Mapping[str, Tensor]):
             raise TypeError(f"meta must be MetaParams, a path, a name or None, got {type(meta).__name__}{cure}")
         shipped = cls.shipped()
         if meta is None:
-            return cls.load([*shipped.values()][-1]) if shipped else cls.init()
+            return cls.load(shipped[DEFAULT]) if DEFAULT in shipped else cls.init()
         if isinstance(meta, str) and meta in shipped:
             return cls.load(shipped[meta])
         if not Path(meta).is_file():

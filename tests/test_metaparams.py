@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lopt import HRNNConfig, MetaParams
+from lopt import HRNNConfig, MetaParams, metaparams
 
 CONFIGS = {
     "paper": HRNNConfig(),
@@ -199,11 +199,13 @@ def test_resolve_takes_params_paths_and_names(tmp_path):
         MetaParams.resolve("unheard-of")
 
 
-def test_the_highest_number_is_the_default(tmp_path, monkeypatch):
+def test_shipped_weights_are_listed_by_number_and_one_of_them_is_the_default(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     kept = {name: MetaParams.init(seed=seed) for seed, name in enumerate(("hrnn-9", "hrnn-10", "hrnn-2"))}
     for name, meta in kept.items():
         meta.save(tmp_path / "weights" / f"{name}.safetensors")
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     assert [*MetaParams.shipped()] == ["hrnn-2", "hrnn-9", "hrnn-10"]
-    assert equal(MetaParams.resolve(None), kept["hrnn-10"])
+    for name in kept:
+        monkeypatch.setattr(metaparams, "DEFAULT", name)
+        assert equal(MetaParams.resolve(None), kept[name])

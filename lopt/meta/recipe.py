@@ -352,14 +352,14 @@ def paper_mixes() -> list[list[Task]]:
     return [[task] for tasks in paper.paper_tasks().values() for task in tasks]
 
 
-# Epsilons so small that gradients of any scale look alike; damping; a floor of 3e-3 / sqrt(1 + step / 100) or 0.2 of
-# the distance from the start / sqrt(1 + step), the larger.
+# Epsilons so small that gradients of any scale look alike; damping; a floor of 3e-3 / sqrt(1 + step / 100) or 0.15
+# of the distance from the start / sqrt(1 + step), the larger.
 SHIPPED_CONFIG = HRNNConfig(
     ms_eps=1e-24,
     rms_eps=1e-30,
     log_lr_min=math.log(3e-3),
     log_lr_min_steps=100.0,
-    log_lr_min_distance=0.2,
+    log_lr_min_distance=0.15,
     damping=0.7,
     damping_decay=0.98,
 )
@@ -414,10 +414,10 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-11`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-10`.
 REFINE = Recipe(config=SHIPPED_CONFIG, minutes=60, validate_every=150, stages=(REFINE_STAGE,))
 
-# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-11`. On the parameter level's 800
+# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-10`. On the parameter level's 800
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=SHIPPED_CONFIG,

@@ -22,7 +22,7 @@ from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, Summary, affine, damp, gru, sums_columns, travel
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
-from lopt.hrnn import BASE_DEPTH, BASE_FAN_IN, shortening
+from lopt.hrnn import shortening
 from lopt.meta.tasks.base import Data, Random, Task
 from lopt.state import FACTOR, SAMPLES, UNDAMPED
 from lopt.train.group import ALONE, Group
@@ -74,6 +74,7 @@ class Augment:
         scale: of each tensor's parameters, log-uniform; (1, 1) for none.
         loss_scale: of each task's loss, log-uniform.
         base_fan_in, base_depth: of `lopt.HRNN`: steps of tensors with more inputs, and of more matrices, are shorter.
+            Its own defaults are for networks larger than those of meta-training, which does worse with them.
     """
 
     lr: tuple[float, float] = (1e-4, 3e-2)
@@ -81,8 +82,8 @@ class Augment:
     lr_param: float = 0.1
     scale: tuple[float, float] = (1.0, 1.0)
     loss_scale: tuple[float, float] = (1e-4, 1e4)
-    base_fan_in: float | None = BASE_FAN_IN
-    base_depth: float | None = BASE_DEPTH
+    base_fan_in: float | None = 20
+    base_depth: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
