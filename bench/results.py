@@ -100,7 +100,7 @@ def append(rows: Sequence[Row], path: Path) -> None:
         if header != names:
             raise ValueError(f"{path} has the columns {header}, these rows have {names}: give another file by --out")
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
