@@ -871,7 +871,7 @@ LOPT_HD void apply(const B& block, const gpu::Apply& args) {
 
   const auto move = [&](auto number, int64_t at) {
     constexpr int P = decltype(number)::parts;
-    // Loads of a branch come before its arithmetic, so that none waits for another.
+    // Loads come before the arithmetic, so that none waits for another; float64 is rare.
     if constexpr (attention) {
       const auto length = load_pack<P>(Dtype::f32, update, at), attended = load_pack<P>(Dtype::f32, attention_update, at);
       const auto old = load_pack<P>(Dtype::f32, true_param, at), kept = old - old * decay;

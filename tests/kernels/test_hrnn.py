@@ -6,6 +6,7 @@ kernels alone, and so does test_hrnn_meta.py. Bounds are parts of the largest va
 step differs by 2e-6 (measured, largest of all configurations and quantities below); hence 1e-5.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -763,6 +764,43 @@ def test_replays_of_a_cuda_graph_equal_ordinary_steps(target, set_to_none):
         runs.append(state_of(optimizer))
     for left, right in zip(*runs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@gpu_test
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
+def test_one_cuda_graph_holds_several_steps(target, lr):
+    runs = []
+    for captured in (True, False):
+        model, optimizer, batch = make_model(target)
+        for group in optimizer.param_groups:
+            group["lr"] = lr.to(target.device) if isinstance(lr, Tensor) else lr
+        train_step(model, optimizer, batch, False)
+        optimizer.step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph) if captured else contextlib.nullcontext():
+            for _ in range(4):
+                optimizer.step()
+        if captured:
+            graph.replay()
+        torch.cuda.synchronize()
+        runs.append(state_of(optimizer))
+    for left, right in zip(*runs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@gpu_test
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_capture_before_an_ordinary_step_says_what_to_do(target):
+    model, optimizer, batch = make_model(target)
+    model(batch).square().mean().backward()
+    with (
+        pytest.raises(RuntimeError, match="run an ordinary optimizer step before each capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
 
 
 @gpu_test
