@@ -199,6 +199,16 @@ def test_steps_are_those_of_the_front_end(task: networks.Network):
     assert (world.theta[0] - ours.detach()).abs().max() < 1e-3 * (world.theta - start).abs().max()
 
 
+@pytest.mark.parametrize("staggered", [True, False])
+def test_only_staggered_worlds_cut_their_first_episodes_short(staggered):
+    config = CONFIGS["paper"]
+    world = plain(config, [paper.Bowl(1.0), paper.Quadratic(3)], staggered=staggered)
+    for first in (True, False):
+        world.restart(MetaParams.init(config))
+        assert [length < 1000 for length in world.length] == [staggered and first] * 2
+        world.age = list(world.length)
+
+
 @pytest.mark.parametrize("beyond", ["infinite", "NaN"])
 def test_a_task_whose_loss_overflows_counts_as_the_cap_and_stays_finite(beyond):
     class Cliff(Task):
