@@ -142,10 +142,10 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; other tensors as they are."""
     if not is_dtensor(tensor):
         return tensor
-    shard = tensor.to_local()
+    shard = tensor._local_tensor  # the same object each time: `to_local` makes another of a parameter
     if hasattr(shard, "wait"):  # it may still be on its way from another process
         shard = shard.wait()
-    return shard.detach()  # of the shard: of a DTensor it costs ten times as much
+    return shard.detach() if shard.requires_grad else shard
 
 
 def like(param: DTensor, shard: Tensor, outer: int) -> Tensor:
