@@ -761,18 +761,18 @@ class HRNN(Optimizer):
         )
 
     def _raise_nonfinite(self) -> None:
-        given = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        strided = [real(distributed.local(grad)) for grad in given if grad.layout is torch.strided]
-        if within_limit(strided, None, torch.device("cpu")):
+        cpu = torch.device("cpu")
+        grads = {
+            param: real(distributed.local(param.grad))
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and param.grad.layout is torch.strided
+        }
+        if within_limit(grads.values(), None, cpu):  # one look for all, as a rule
             return
         for position, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if (
-                    grad is not None
-                    and grad.layout is torch.strided
-                    and not within_limit([real(distributed.local(grad))], None, torch.device("cpu"))
-                ):
+                if param in grads and not within_limit([grads[param]], None, cpu):
                     name = group["param_names"][index] if "param_names" in group else f"{index} of group {position}"
                     raise RuntimeError(
                         f"the gradient of parameter {name}, shape {tuple(param.shape)}, is not finite or beyond "

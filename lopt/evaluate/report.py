@@ -25,6 +25,8 @@ from lopt.hrnn import INIT_LR
 from lopt.meta.recipe import VARIANTS
 from lopt.train.checkpoint import write_atomic
 
+INTERVALS = "interquartile mean over tasks and seeds, and where there are several seeds its 95 % confidence interval"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -164,8 +166,7 @@ def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: 
             f"tasks). {_divergences(evaluation, part, entrant)} of {len(tasks) * len(seeds)} trainings diverged.\n"
         )
     lines += [
-        "Losses relative to Adam at the best of 7 rates of each task: interquartile mean over tasks and seeds, and "
-        "where there are several seeds its 95 % confidence interval; below 1 is better.\n",
+        f"Losses relative to Adam at the best of 7 rates of each task: {INTERVALS}; below 1 is better.\n",
         "| | final training loss | training loss, all steps | test loss | test accuracy | <= tuned Adam | diverged |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -394,9 +395,8 @@ def _ablations(evaluation: Evaluation, part: Part, folder: Path) -> str:
         [
             *lines,
             f"Architectures meta-trained alike, each at HRNN's defaults on {len(tasks)} tasks, beside the full one: "
-            "losses relative to it, interquartile mean over tasks and seeds, and where there are several seeds its "
-            "95 % confidence interval. Above 1, what was taken away is of use; attention is an addition. The intervals "
-            "say nothing of other seeds of meta-training.\n",
+            f"losses relative to it, {INTERVALS}. Above 1, what was taken away is of use; attention is an addition. "
+            "The intervals say nothing of other seeds of meta-training.\n",
             *([f"Not there: {', '.join(missing)}.\n"] if missing else []),
             *_markdown(head, rows),
             "\n![Losses relative to the full architecture](ablations.png)\n",

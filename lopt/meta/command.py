@@ -66,22 +66,11 @@ def run(args: argparse.Namespace) -> int:
     """
     for package in ("matplotlib", "tqdm"):
         importlib.import_module(package)
-    options = dict(DEFAULTS)
-    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     folder, saved = args.resume, None
-    if folder is None:
-        options |= given
-    else:
-        options = _saved_options(folder)
-        if fixed := sorted(set(given) - {"device", "threads"}):
-            raise TrainError(f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out")
-        began, options = options["device"], options | given
-        if torch.device(began).type != torch.device(options["device"]).type:
-            raise TrainError(
-                f"--device {options['device']}: the run began on {began}, and random numbers of another kind of device "
-                f"are others: leave it out, or begin another run with --start {folder}/meta.safetensors"
-            )
-        saved = checkpoint.load(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
+    options = DEFAULTS | given if folder is None else _resumed_options(folder, given)
+    if folder is not None and (folder / "checkpoint.pt").exists():
+        saved = checkpoint.load(folder / "checkpoint.pt")
     torch.set_num_threads(options["threads"])
     group = Group.from_environment()
     training = MetaTraining(
@@ -136,6 +125,20 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     if unknown := [name for name in options["stages"] if name not in named]:
         raise TrainError(f"--stages {unknown[0]}: the recipe {options['recipe']!r} has {', '.join(named)}")
     return dataclasses.replace(recipe, stages=tuple(named[name] for name in options["stages"]))
+
+
+def _resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the run in a folder, with those that may change as given."""
+    saved = _saved_options(folder)
+    if fixed := sorted(set(given) - {"device", "threads"}):
+        raise TrainError(f"--{fixed[0]} cannot change in a resumed run: leave it out, or begin another with --out")
+    options = saved | given
+    if torch.device(saved["device"]).type != torch.device(options["device"]).type:
+        raise TrainError(
+            f"--device {options['device']}: the run began on {saved['device']}, and random numbers of another kind of "
+            f"device are others: leave it out, or begin another run with --start {folder}/meta.safetensors"
+        )
+    return options
 
 
 def _saved_options(folder: Path) -> dict[str, Any]:
