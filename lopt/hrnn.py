@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import operator
 import os
@@ -828,14 +829,27 @@ def _rates(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> lis
 
 def _places(orders: Sequence[tuple[Any, ...]], sizes: Sequence[int], shards: Shards | None) -> Tensor:
     """Where in the update each tensor's `sampled` parameters stand: [T, SAMPLES], -1 for those that are not here."""
-    places, begin = np.full((len(sizes), SAMPLES), -1), 0
-    for index, ((shape, order), size) in enumerate(zip(orders, sizes, strict=True)):
-        own = sampled(shape) if shards is None else shards.sampled(index)
-        here = (own >= 0).all(-1)
-        if here.any():
-            places[index, here] = own[here] @ np.array(order, dtype=np.int64) + begin
-        begin += size
-    return torch.from_numpy(places)
+    if shards is None:
+        own = [_offsets(*order) for order in orders]
+    else:
+        own = [_flat(shards.sampled(index), order) for index, (_, order) in enumerate(orders)]
+    offsets = np.array(own, dtype=np.int64).reshape(len(sizes), SAMPLES)
+    begins = np.cumsum([0, *sizes], dtype=np.int64)[:-1, None]
+    return torch.from_numpy(np.where(offsets < 0, -1, offsets + begins))
+
+
+@functools.lru_cache(maxsize=4096)
+def _offsets(shape: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    """`_flat` of a whole tensor's sampled parameters; when other tensors take part each step, most have been seen."""
+    return _flat(sampled(shape), order)
+
+
+def _flat(indices: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """Offsets, [SAMPLES], of indices, [SAMPLES, dimensions], in memory of such strides; -1 where one is below 0."""
+    here, offsets = (indices >= 0).all(-1), np.full(len(indices), -1)
+    if here.any():  # an empty shard may have other dimensions
+        offsets[here] = indices[here] @ np.array(order, dtype=np.int64)
+    return offsets
 
 
 def _lowered(meta: MetaParams, init_lr: float) -> MetaParams:
