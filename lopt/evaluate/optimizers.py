@@ -1,7 +1,8 @@
 """Who takes part in an evaluation: HRNN, tuned baselines, and optimizers that need no learning rate.
 
 The baselines' updates are elementwise, so that any number of independent trainings advance in one call; they equal
-torch.optim's. HRNN and what comes from other packages are real optimizer objects, one for each training.
+those of torch.optim and schedulefree. HRNN and what comes from other packages are real optimizer objects, one for each
+training.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from lopt import HRNN, MetaParams
 
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+HIGHER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,26 @@ class RMSprop(Rule):
         self.theta.sub_(grad.div(self.square.sqrt().add_(1e-8)).mul_(lr))
 
 
+class ScheduleFree(Rule):
+    """Schedule-free AdamW, Defazio et al. 2024, "The Road Less Scheduled", as in schedulefree at its default betas
+    (.9, .999) and eps 1e-8, without warm-up or decay, at a constant rate. Until the end, `theta` is where gradients are
+    taken."""
+
+    def __init__(self, theta: Tensor, weight_decay: float) -> None:
+        super().__init__(theta, weight_decay)
+        self.base, self.average, self.square = theta.clone(), theta.clone(), torch.zeros_like(theta)
+
+    def update(self, grad: Tensor, lr: Tensor) -> None:
+        self.square.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        root = self.square.div(1 - 0.999**self.steps).sqrt_().add_(1e-8)
+        self.base.sub_(grad.div(root).mul_(lr))
+        self.average.lerp_(self.base, 1 / self.steps)
+        torch.lerp(self.average, self.base, 0.1, out=self.theta)
+
+    def finish(self) -> None:
+        self.theta.copy_(self.average)
+
+
 class Objects:
     """A real optimizer object for each training; their parameters are views of one tensor.
 
@@ -197,25 +218,21 @@ def _object(
         import prodigyopt  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         return prodigyopt.Prodigy(params, lr=setting.lr)
-    if setting.optimizer == "dadapt-adam":
-        import dadaptation  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    assert setting.optimizer == "dadapt-adam"
+    import dadaptation  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        return dadaptation.DAdaptAdam(params, lr=setting.lr)
-    assert setting.optimizer == "schedule-free"
-    import schedulefree  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    return schedulefree.AdamWScheduleFree(params, lr=setting.lr)
+    return dadaptation.DAdaptAdam(params, lr=setting.lr)
 
 
 OPTIMIZERS = {
     "hrnn": Optimizer("HRNN", (1.0,), 1.0),
     "adam": Optimizer("Adam", ADAPTIVE_RATES, 1e-3, Adam),
     "adamw-cosine": Optimizer("AdamW + cosine", ADAPTIVE_RATES, 1e-3, Adam, schedule="cosine", weight_decay=0.01),
-    "sgd": Optimizer("SGD + momentum", SGD_RATES, 1e-1, SGD),
+    "sgd": Optimizer("SGD + momentum", HIGHER_RATES, 1e-1, SGD),
     "rmsprop": Optimizer("RMSprop", ADAPTIVE_RATES, 1e-3, RMSprop),
     "prodigy": Optimizer("Prodigy", (1.0,), 1.0, package="prodigyopt"),
     "dadapt-adam": Optimizer("D-Adapt Adam", (1.0,), 1.0, package="dadaptation"),
-    "schedule-free": Optimizer("Schedule-free AdamW", (2.5e-3,), 2.5e-3, package="schedulefree"),
+    "schedule-free": Optimizer("Schedule-free AdamW", HIGHER_RATES, 2.5e-3, ScheduleFree),
 }
 
 

@@ -18,7 +18,7 @@ from lopt.bench.results import device_name
 from lopt.evaluate import ablations, figures, statistics, suites, timing
 from lopt.evaluate.families import FAMILIES
 from lopt.evaluate.optimizers import OPTIMIZERS, Setting
-from lopt.evaluate.statistics import Entrant, Interval, Results
+from lopt.evaluate.statistics import Entrant, Interval, Results, Scores
 from lopt.evaluate.suites import Part, Suite
 from lopt.evaluate.training import FLOOR
 from lopt.hrnn import INIT_LR
@@ -71,7 +71,7 @@ def write(evaluation: Evaluation, folder: Path) -> str:
     parts, summary = [_head(evaluation)], ""
     for part in evaluation.suite.parts:
         entrants = _entrants(evaluation, part)
-        adam = statistics.tuned(evaluation.results, part.tasks, part.steps, evaluation.all_seeds, "adam")
+        adam = _tuned(evaluation, part, "adam")
         text = _summary(evaluation, part, entrants, adam, folder)
         summary += text
         parts.append(text)
@@ -103,11 +103,17 @@ def _entrants(evaluation: Evaluation, part: Part) -> list[Entrant]:
         found.append(statistics.fixed(results, tasks, steps, seeds, evaluation.label(label), suites.hrnn(weights)))
     for name in part.optimizers:
         line = OPTIMIZERS[name]
-        found.append(statistics.tuned(results, tasks, steps, seeds, name))
+        found.append(_tuned(evaluation, part, name))
         if len(line.rates) > 1:
             setting = statistics.baseline(name, line.default)
             found.append(statistics.fixed(results, tasks, steps, seeds, f"{line.label}, lr {line.default:g}", setting))
     return [entrant for entrant in found if entrant is not None]
+
+
+def _tuned(evaluation: Evaluation, part: Part, name: str, metric: str = "final") -> Entrant | None:
+    """A baseline at the best of the part's rates for each task."""
+    rates, seeds = suites.choices(part, name), evaluation.all_seeds
+    return statistics.tuned(evaluation.results, part.tasks, part.steps, seeds, name, rates, metric)
 
 
 def _head(evaluation: Evaluation) -> str:
@@ -127,13 +133,13 @@ def _intervals(evaluation: Evaluation, part: Part, entrant: Entrant, zero: Entra
     """Of every metric that a task of the part has, relative to `zero`."""
     own = {}
     for metric in statistics.METRICS:
-        values = _scores(evaluation, part, entrant, zero, metric)
-        if len(values):
-            own[metric] = statistics.interval(values)
+        found = _scores(evaluation, part, entrant, zero, metric)
+        if len(found.own):
+            own[metric] = statistics.interval(found)
     return own
 
 
-def _scores(evaluation: Evaluation, part: Part, entrant: Entrant, zero: Entrant, metric: str = "final") -> np.ndarray:
+def _scores(evaluation: Evaluation, part: Part, entrant: Entrant, zero: Entrant, metric: str = "final") -> Scores:
     seeds = evaluation.all_seeds
     return statistics.scores(evaluation.results, entrant, zero, part.tasks, part.steps, seeds, metric)
 
@@ -147,7 +153,9 @@ def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: 
     lines = [f"\n## {part.title}\n"]
     if adam is None:
         return "\n".join([*lines, "Adam was not trained at every rate: there is nothing to compare with.\n"])
-    intervals = {entrant.label: _intervals(evaluation, part, entrant, adam) for entrant in entrants}
+    by_test, rates = _tuned(evaluation, part, "adam", "test"), len(suites.choices(part, "adam"))
+    compared = [*entrants, by_test] if by_test is not None else entrants
+    intervals = {entrant.label: _intervals(evaluation, part, entrant, adam) for entrant in compared}
     untuned = statistics.fixed(
         results, tasks, steps, seeds, "Adam", statistics.baseline("adam", OPTIMIZERS["adam"].default)
     )
@@ -160,17 +168,17 @@ def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: 
         )
         speed = _speed_ups(evaluation, part, entrant, adam)
         lines.append(
-            f"{entrant.label} ends with at most the training loss of Adam at its best of 7 rates on "
+            f"{entrant.label} ends with at most the training loss of Adam at its best of {rates} rates on "
             f"{round(tuned_share * len(tasks))} of {len(tasks)} tasks, of Adam at {OPTIMIZERS['adam'].default:g} on "
             f"{round(untuned_share * len(tasks))}. It is {speed:.2f} times as fast as the tuned Adam (median over the "
             f"tasks). {_divergences(evaluation, part, entrant)} of {len(tasks) * len(seeds)} trainings diverged.\n"
         )
     lines += [
-        f"Losses relative to Adam at the best of 7 rates of each task: {INTERVALS}; below 1 is better.\n",
+        f"Losses relative to Adam at the best of {rates} rates of each task: {INTERVALS}; below 1 is better.\n",
         "| | final training loss | training loss, all steps | test loss | test accuracy | <= tuned Adam | diverged |",
         "|---|---|---|---|---|---|---|",
     ]
-    for entrant in entrants:
+    for entrant in compared:
         cells = [_ratio(intervals[entrant.label].get(metric)) for metric in statistics.METRICS]
         found = [
             result.accuracy
@@ -184,8 +192,21 @@ def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: 
         lines.append(f"| {entrant.label} | {' | '.join(cells)} | {accuracy} | {100 * share:.0f} % | {diverged} |")
     ours = [evaluation.label(label) for label in evaluation.weights]
     figures.scores(folder / f"scores-{part.stem}.png", intervals, "tuned Adam", ours)
-    lines.append(f"\n![Losses relative to tuned Adam](scores-{part.stem}.png)\n")
+    lines += [_edges(part, entrants), f"\n![Losses relative to tuned Adam](scores-{part.stem}.png)\n"]
     return "\n".join(lines)
+
+
+def _edges(part: Part, entrants: list[Entrant]) -> str:
+    """Where a tuned baseline might have wanted another rate than those it was given."""
+    ends = []
+    for name in part.optimizers:
+        rates = suites.choices(part, name)
+        for entrant in entrants:
+            own = {setting for setting in entrant.settings.values() if setting.optimizer == name}
+            if len(rates) > 1 and entrant.label.endswith(f"best of {len(rates)}") and own:
+                count = sum(setting.lr in (rates[0], rates[-1]) for setting in entrant.settings.values())
+                ends.append(f"{OPTIMIZERS[name].label} {count}")
+    return f"\nTasks where the best rate is the lowest or highest of them: {', '.join(ends)}." if ends else ""
 
 
 def _ratio(value: Interval | None) -> str:
@@ -301,17 +322,18 @@ def _variants(evaluation: Evaluation, part: Part, adam: Entrant, folder: Path) -
                 if entrant is None:
                     continue
                 value = getattr(setting, what) if what in ("init_lr", "loss_scale") else None
-                values = _scores(evaluation, part, entrant, adam)
+                found = _scores(evaluation, part, entrant, adam)
+                means = found.relative.mean(-1)
                 intervals = _intervals(evaluation, part, entrant, adam)
-                worst = tasks[int(values.mean(-1).argmax())]
+                worst = tasks[int(means.argmax())]
                 rows.append(
                     [
                         f"{what} {value:g}" if value is not None else what,
                         _ratio(intervals["final"]),
                         _ratio(intervals["area"]),
                         _ratio(intervals.get("test")),
-                        f"{100 * statistics.share_not_worse(values):.0f} %",
-                        f"{math.exp(values.mean(-1).max()):.3g} ({worst})",
+                        f"{100 * statistics.share_not_worse(found):.0f} %",
+                        f"{math.exp(means.max()):.3g} ({worst})",
                         str(_divergences(evaluation, part, entrant)),
                     ]
                 )
@@ -446,6 +468,9 @@ def _method(evaluation: Evaluation) -> str:
         f"- {OPTIMIZERS[name].label}: {', '.join(f'{rate:g}' for rate in OPTIMIZERS[name].rates)}"
         for name in optimizers
     ]
+    rates += [
+        f"- {part.name}, also: {', '.join(f'{rate:g}' for rate in part.beyond)}" for part in suite.parts if part.beyond
+    ]
     drawn = ", ".join(part.name for part in suite.parts if not part.held_out)
     return "\n".join(
         [
@@ -456,7 +481,8 @@ def _method(evaluation: Evaluation) -> str:
             else "None of the tasks takes part in meta-training, which knows synthetic data alone.",
             "All optimizers see the same starts and minibatches, which "
             "only the seed decides. Per task, a tuned baseline is the learning rate with the lowest final training "
-            "loss, the geometric mean over the seeds, and of those that solve it the fastest over all steps, of:\n",
+            "loss, the geometric mean over the seeds, and of those that solve it the fastest over all steps; by test "
+            "loss, the one with the lowest test loss, which nobody knows beforehand. The rates:\n",
             *rates,
             "",
             *(["AdamW decays weights by 0.01.\n"] if "adamw-cosine" in optimizers else []),
@@ -466,10 +492,11 @@ def _method(evaluation: Evaluation) -> str:
             f"loss to that at the start are bounded to {FLOOR:g} .. {1 / FLOOR:g}: below, a task counts as solved; "
             "what is not finite is above. A training diverged if it ended above its start, or not finite. Batch "
             "normalisation is evaluated with the statistics of all training samples. Times as fast: the steps of "
-            "tuned Adam over those until HRNN's training loss, averaged over a tenth of the steps, is where tuned "
-            "Adam's ends.\n",
+            "tuned Adam over HRNN's until the training loss, averaged over a tenth of the steps, is where the worse of "
+            "both ends.\n",
             "Scores are logarithms relative to the mean over the seeds of tuned Adam. Intervals are a bootstrap over "
-            "the seeds, stratified by task (Agarwal et al. 2021): they say nothing of tasks that are not here.\n",
+            "the seeds of both, stratified by task (Agarwal et al. 2021): they say nothing of tasks that are not here, "
+            "nor of which rates other seeds would choose.\n",
             *_markdown(["task", "parameters", "training samples", "minibatch"], rows),
             "",
         ]

@@ -1,8 +1,9 @@
 """Results -> scores: what every optimizer reached on every task, and over all tasks with confidence intervals.
 
 A score is a natural logarithm relative to tuned Adam: the mean over its seeds is the zero of each task. Over tasks and
-seeds the interquartile mean is taken, with confidence intervals from a bootstrap stratified by task; Agarwal et al.
-2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice".
+seeds the interquartile mean is taken, with confidence intervals from a bootstrap stratified by task, which draws the
+seeds of both: they share starts and minibatches. Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
+Statistical Precipice".
 """
 
 from __future__ import annotations
@@ -44,26 +45,52 @@ class Interval(NamedTuple):
     high: float
 
 
-def tuned(results: Results, tasks: Sequence[str], steps: int, seeds: Sequence[int], optimizer: str) -> Entrant | None:
-    """A baseline at the learning rate with the lowest final training loss (geometric mean over seeds) of each task.
+class Scores(NamedTuple):
+    """Logarithms of a metric, [tasks, seeds]: an entrant's, and those of what it is compared with."""
+
+    own: np.ndarray
+    zero: np.ndarray
+
+    @property
+    def relative(self) -> np.ndarray:
+        """[tasks, seeds]: to the mean over the seeds of the other."""
+        return self.own - self.zero.mean(-1, keepdims=True)
+
+
+def tuned(
+    results: Results,
+    tasks: Sequence[str],
+    steps: int,
+    seeds: Sequence[int],
+    optimizer: str,
+    rates: Sequence[float] | None = None,
+    metric: str = "final",
+) -> Entrant | None:
+    """A baseline at the learning rate with the lowest loss (geometric mean over seeds) of each task.
 
     Among rates that all solve a task, which is where its final losses are not told apart any more, the one that is
-    fastest over all steps. None where a training is missing.
+    fastest over all steps. None where a training, or a task's metric, is missing.
+
+    Args:
+        rates: to choose from, by default the optimizer's. metric: "final", the training loss, or "test".
     """
     choices = {}
     line = OPTIMIZERS[optimizer]
+    rates = line.rates if rates is None else rates
     for task in tasks:
-        scores = {}
-        for rate in line.rates:
+        found = {}
+        for rate in rates:
             setting = baseline(optimizer, rate)
             runs = [Run(task, steps, seed, setting) for seed in seeds]
             if any(run not in results for run in runs):
                 return None
-            final, area = (sum(getattr(results[run], name) for run in runs) for name in ("log_ratio", "area"))
-            scores[setting] = round(final, 9), area
-        choices[task] = min(scores, key=lambda setting: scores[setting])
-    label = line.label if len(line.rates) == 1 else f"{line.label}, best of {len(line.rates)}"
-    return Entrant(label, choices)
+            losses = [log_metric(results[run], metric) for run in runs]
+            if None in losses:
+                return None
+            found[setting] = round(sum(losses), 9), sum(results[run].area for run in runs)  # type: ignore[arg-type]
+        choices[task] = min(found, key=lambda setting: found[setting])
+    label = line.label if len(rates) == 1 else f"{line.label}, best of {len(rates)}"
+    return Entrant(label if metric == "final" else f"{label} by {metric} loss", choices)
 
 
 def baseline(optimizer: str, rate: float) -> Setting:
@@ -102,15 +129,17 @@ def scores(
     steps: int,
     seeds: Sequence[int],
     metric: str,
-) -> np.ndarray:
-    """Logarithm of a metric relative to the entrant `zero`, [tasks, seeds]; tasks without the metric are left out."""
-    out = []
+) -> Scores:
+    """Logarithms of a metric beside those of the entrant `zero`; tasks without the metric are left out."""
+    pairs = []
     for task in tasks:
-        own = [log_metric(result, metric) for result in of(results, entrant, task, steps, seeds)]
-        other = [log_metric(result, metric) for result in of(results, zero, task, steps, seeds)]
-        if None not in own and None not in other:
-            out.append([value - sum(other) / len(other) for value in own])  # type: ignore[operator,arg-type]
-    return np.array(out)
+        pair = [
+            [log_metric(result, metric) for result in of(results, one, task, steps, seeds)] for one in (entrant, zero)
+        ]
+        if None not in pair[0] + pair[1]:
+            pairs.append(pair)
+    own, other = np.array(pairs, dtype=float).reshape(len(pairs), 2, len(seeds)).swapaxes(0, 1)
+    return Scores(own, other)
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -120,19 +149,19 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return ordered[..., cut : values.shape[-1] - cut].mean(-1)
 
 
-def interval(values: np.ndarray) -> Interval:
-    """Of scores [tasks, seeds]: the bootstrap draws seeds anew within each task."""
-    tasks, seeds = values.shape
+def interval(scores: Scores) -> Interval:
+    """The bootstrap draws seeds anew within each task, the same for both."""
+    tasks, seeds = scores.own.shape
     rng = np.random.default_rng(0)
     index = rng.integers(seeds, size=(DRAWS, tasks, seeds))
-    drawn = np.take_along_axis(values[None], index, -1).reshape(DRAWS, -1)
-    low, high = np.quantile(interquartile_mean(drawn), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(interquartile_mean(values.reshape(-1))), float(low), float(high))
+    drawn = Scores(*(np.take_along_axis(values[None], index, -1) for values in scores)).relative
+    low, high = np.quantile(interquartile_mean(drawn.reshape(DRAWS, -1)), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(interquartile_mean(scores.relative.reshape(-1))), float(low), float(high))
 
 
-def share_not_worse(values: np.ndarray) -> float:
-    """Share of tasks whose mean score over seeds, [tasks, seeds], is not above zero."""
-    return float((values.mean(-1) <= 1e-9).mean())
+def share_not_worse(scores: Scores) -> float:
+    """Share of tasks whose mean over seeds is not above the other's."""
+    return float((scores.relative.mean(-1) <= 1e-9).mean())
 
 
 def divergences(results: Results, entrant: Entrant, tasks: Sequence[str], steps: int, seeds: Sequence[int]) -> int:
@@ -152,14 +181,10 @@ def curve(results: Sequence[Result]) -> np.ndarray:
 
 
 def speed_up(ours: np.ndarray, other: np.ndarray) -> float:
-    """How many times fewer steps we need to where the other ends, from curves of equal length.
-
-    Below 1 if we do not get there: then it is the share of its steps that the other needs to where we end.
-    """
-    reached = np.flatnonzero(ours <= other[-1] * (1 + 1e-9))
-    if len(reached):
-        return len(ours) / float(reached[0] + 1)
-    return float(np.flatnonzero(other <= ours[-1])[0] + 1) / len(ours) if (other <= ours[-1]).any() else 1.0
+    """How many times fewer steps we need than the other to where the worse of both ends; curves of equal length."""
+    goal = max(ours[-1], other[-1]) * (1 + 1e-9)
+    first, others = (int(np.flatnonzero(curve <= goal)[0]) + 1 for curve in (ours, other))
+    return others / first
 
 
 def geometric_mean(values: Sequence[float]) -> float:

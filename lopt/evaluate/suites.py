@@ -36,6 +36,7 @@ class Part:
         name: of the part, if the suite has several kinds of tasks.
         variants: names of `VARIANTS`: HRNN's other settings.
         rates: every baseline is trained at these learning rates too, to be seen beside HRNN's initial ones.
+        beyond: tuned baselines may take these learning rates too.
         held_out: whether no task is of a family of meta-training.
     """
 
@@ -45,6 +46,7 @@ class Part:
     name: str = ""
     variants: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
+    beyond: tuple[float, ...] = ()
     held_out: bool = True
 
     @property
@@ -88,7 +90,14 @@ SUITES = {
         "The experiments on small problems of Wichrowska et al. 2017. Problems: families that meta-training knows, and "
         "families it does not, drawn once. Networks: families of small ones on scikit-learn's digits.",
         (
-            Part(tuple(problems.PROBLEMS), 1000, ("adam", "sgd", "rmsprop"), "Problems", held_out=False),
+            Part(
+                tuple(problems.PROBLEMS),
+                1000,
+                ("adam", "sgd", "rmsprop"),
+                "Problems",
+                beyond=(0.3, 1.0, 3.0, 10.0),
+                held_out=False,
+            ),
             Part(families.TASKS, 500, ("adam", "sgd", "rmsprop"), "Networks", variants=("init_lr",), rates=INIT_LRS),
         ),
         ablations=Part(
@@ -181,9 +190,15 @@ def variants(weights: str, name: str) -> list[Setting]:
     return [dataclasses.replace(hrnn(weights), **change) for change in VARIANTS[name]]
 
 
+def choices(part: Part, optimizer: str) -> list[float]:
+    """Learning rates that a part chooses a tuned baseline's from, in ascending order; one for what needs none."""
+    rates = OPTIMIZERS[optimizer].rates
+    return list(rates) if len(rates) == 1 else sorted({*rates, *part.beyond})
+
+
 def rates(part: Part, optimizer: str) -> list[float]:
     """Learning rates at which a part trains a baseline, in ascending order."""
-    return sorted({*OPTIMIZERS[optimizer].rates, *part.rates})
+    return sorted({*choices(part, optimizer), OPTIMIZERS[optimizer].default, *part.rates})
 
 
 def settings(part: Part, weights: Sequence[str]) -> list[Setting]:

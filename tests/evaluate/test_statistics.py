@@ -9,7 +9,7 @@ from scipy import stats
 
 from lopt.evaluate import statistics
 from lopt.evaluate.optimizers import OPTIMIZERS
-from lopt.evaluate.statistics import Entrant
+from lopt.evaluate.statistics import Entrant, Scores
 from lopt.evaluate.training import Result, Run
 
 TASKS, SEEDS = ("one", "two"), (0, 1, 2)
@@ -37,13 +37,26 @@ def test_interquartile_mean_is_the_trimmed_mean():
 
 def test_interval_holds_its_middle_and_shrinks_with_the_spread_of_the_seeds():
     rng = np.random.default_rng(0)
-    tasks, noise = rng.normal(size=(12, 1)), rng.normal(size=(12, 5))
-    wide, narrow = (statistics.interval(tasks + scale * noise) for scale in (0.5, 0.05))
+    tasks, noise, zero = rng.normal(size=(12, 1)), rng.normal(size=(12, 5)), np.zeros((12, 5))
+    wide, narrow = (statistics.interval(Scores(tasks + scale * noise, zero)) for scale in (0.5, 0.05))
     for found in (wide, narrow):
         assert found.low < found.middle < found.high
     assert narrow.high - narrow.low < 0.3 * (wide.high - wide.low)
-    same = statistics.interval(np.repeat(tasks, 5, 1))
+    same = statistics.interval(Scores(np.repeat(tasks, 5, 1), zero))
     assert same.low == pytest.approx(same.high)
+
+
+def test_interval_knows_that_the_other_has_few_seeds_too_and_shares_their_luck():
+    rng = np.random.default_rng(0)
+    ours, theirs, luck = (rng.normal(size=(12, 5)) for _ in range(3))
+
+    def width(own, zero):
+        found = statistics.interval(Scores(own, zero))
+        return found.high - found.low
+
+    assert width(np.zeros((12, 5)), theirs) > 0
+    assert width(ours, theirs) > 1.2 * width(ours, np.zeros((12, 5)))  # by the root of 2, for many tasks
+    assert width(ours + 3 * luck, 3 * luck) < 0.8 * width(ours + 3 * luck, 3 * np.roll(luck, 1, -1))
 
 
 def test_tuning_takes_the_lowest_geometric_mean_of_each_task():
@@ -52,10 +65,10 @@ def test_tuning_takes_the_lowest_geometric_mean_of_each_task():
     entrant = statistics.tuned(results, TASKS, 10, SEEDS, "adam")
     assert {task: setting.lr for task, setting in entrant.settings.items()} == best
     values = statistics.scores(results, entrant, entrant, TASKS, 10, SEEDS, "final")
-    assert values.shape == (2, 3) and np.abs(values).max() < 1e-12
+    assert values.own.shape == (2, 3) and np.abs(values.relative).max() < 1e-12
     worse = statistics.fixed(results, TASKS, 10, SEEDS, "", statistics.baseline("adam", 1e-3))
     values = statistics.scores(results, worse, entrant, TASKS, 10, SEEDS, "final")
-    assert values[0] == pytest.approx(0) and (values[1] > 0.5).all()
+    assert values.relative[0] == pytest.approx(0) and (values.relative[1] > 0.5).all()
     assert statistics.share_not_worse(values) == 0.5
 
 
@@ -66,6 +79,20 @@ def test_of_rates_that_solve_a_task_tuning_takes_the_one_that_is_fastest():
         results[run] = dataclasses.replace(result, area=solved.get(run.setting.lr, -9.5))
     entrant = statistics.tuned(results, TASKS, 10, SEEDS, "adam")
     assert {setting.lr for setting in entrant.settings.values()} == {1e-2}
+
+
+def test_tuning_by_test_loss_takes_other_rates_and_needs_a_test_set():
+    results = table(lambda task, rate, seed: rate)
+    for run, result in results.items():
+        results[run] = dataclasses.replace(result, test=1 / run.setting.lr)
+    lowest, highest = (statistics.tuned(results, TASKS, 10, SEEDS, "adam", metric=name) for name in ("final", "test"))
+    assert {setting.lr for setting in lowest.settings.values()} == {1e-4}
+    assert {setting.lr for setting in highest.settings.values()} == {1e-1}
+    few = statistics.tuned(results, TASKS, 10, SEEDS, "adam", (1e-3, 1e-2))
+    assert {setting.lr for setting in few.settings.values()} == {1e-3} and few.label == "Adam, best of 2"
+    for run in results:
+        results[run] = dataclasses.replace(results[run], test=None)
+    assert statistics.tuned(results, TASKS, 10, SEEDS, "adam", metric="test") is None
 
 
 def test_a_missing_training_leaves_the_optimizer_out():
@@ -88,4 +115,7 @@ def test_speed_up_is_the_ratio_of_the_steps_to_the_same_loss():
     fast = np.maximum(np.linspace(1, 0, 100), 0.3)
     assert statistics.speed_up(fast, slow) == pytest.approx(2, rel=0.03)
     assert statistics.speed_up(slow, fast) == pytest.approx(0.5, rel=0.03)
-    assert statistics.speed_up(slow, slow) == 1
+    early = np.maximum(np.linspace(1, 0, 100), 0.5)  # there after half of its steps
+    assert statistics.speed_up(early, early) == statistics.speed_up(slow, slow) == 1
+    assert statistics.speed_up(early, slow) == pytest.approx(2, rel=0.03)
+    assert statistics.speed_up(slow, early) == pytest.approx(0.5, rel=0.03)

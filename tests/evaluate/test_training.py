@@ -8,7 +8,7 @@ import torch
 
 from lopt import HRNN, HRNNConfig, MetaParams
 from lopt.evaluate import suites, training
-from lopt.evaluate.optimizers import OPTIMIZERS, SGD, Adam, RMSprop, Setting, factor
+from lopt.evaluate.optimizers import OPTIMIZERS, SGD, Adam, RMSprop, ScheduleFree, Setting, factor
 from lopt.evaluate.training import Cache, Result, Run, digest, lock_steps, train
 
 META, ATTENTIVE = MetaParams.init(), MetaParams.init(HRNNConfig(attention=True))
@@ -29,6 +29,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ],
 )
 def test_batched_update_equals_torchs(rule, theirs, decay):
+    assert_same_update(rule, theirs, decay)
+
+
+def test_batched_schedule_free_equals_its_authors():
+    schedulefree = pytest.importorskip("schedulefree")
+    assert_same_update(ScheduleFree, schedulefree.AdamWScheduleFree, 0.0)
+
+
+def assert_same_update(rule, theirs, decay):
     torch.manual_seed(0)
     rates, theta = torch.tensor([[1e-3], [3e-2]]), torch.randn(2, 4096)
     grads = [torch.randn(2, 4096) * 10.0 ** torch.randint(-4, 3, (4096,)) for _ in range(30)]
@@ -36,13 +45,18 @@ def test_batched_update_equals_torchs(rule, theirs, decay):
     for row, rate in zip(theta, rates, strict=True):
         param = torch.nn.Parameter(row.clone())
         optimizer = theirs([param], lr=rate.item())
+        if hasattr(optimizer, "train"):
+            optimizer.train()
         for grad in grads:
             param.grad = grad[int(rate > 1e-2)].clone()
             optimizer.step()
+        if hasattr(optimizer, "eval"):
+            optimizer.eval()
         expected.append(param.detach())
     ours = rule(theta, decay)
     for grad in grads:
         ours.step(grad, rates)
+    ours.finish()
     # 30 steps of a few float32 roundings each, of numbers of about the size of the parameters.
     torch.testing.assert_close(theta, torch.stack(expected), rtol=3e-5, atol=3e-5)
 
