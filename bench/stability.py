@@ -23,6 +23,7 @@ import torch
 
 from lopt.train import TrainError, command, textures
 from lopt.train.arguments import current_device, whole
+from lopt.train.config import Config
 from lopt.train.metrics import COLUMNS, read_metrics
 
 RIVALS = ("adamw:0.0001", "adamw:0.0003", "adamw:0.001", "sgd:0.1")
@@ -103,19 +104,22 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         print(f"drawing {scale.images.train + scale.images.val:,} images in {images}", flush=True)
         textures.make(images, *scale.images, jobs=args.jobs)
-    code = 0
+    failed: list[str] = []
     for rivals in (False, True):
         for case in cases:
+            if case.model in failed:
+                continue
             try:
                 code = train(case, images, device, scale.options, args, rivals)
             except TrainError as error:
                 print(f"{case.model}: {error}", flush=True)
-                code = 1
-            if code > 1:  # a signal
+                failed.append(case.model)
+                continue
+            if code:  # a signal
                 print(summary(args.out, cases))
                 return code
-    print(summary(args.out, cases) + "\nall is done")
-    return code
+    print(summary(args.out, cases) + ("" if failed else "\nall is done"))
+    return 1 if failed else 0
 
 
 def train(
@@ -125,12 +129,14 @@ def train(
     folder = args.out / case.model
     if (folder / "config.json").exists():
         given: list[object] = ["--resume", folder]
+        given += ["--steps", args.steps] if args.steps else []
+        given += ["--device", args.device] if args.device else []
     else:
         steps = args.steps or case.steps
         given = ["--data", images, "--model", case.model, "--out", folder, "--device", device, *options]
         given += ["--image-size", case.image_size, "--batch-size", case.batch_size, "--steps", steps]
         given += ["--schedule", "constant", "--eval-every", max(1, steps // 10), "--log-every", max(1, steps // 500)]
-        given += ["--meta", args.meta] if args.meta else []
+    given += ["--meta", args.meta] if args.meta else []
     given += ["--threads", args.threads] if args.threads else []
     if rivals:
         given += ["--compare-steps", args.rival_steps or case.rival_steps, "--compare", *RIVALS]
@@ -141,7 +147,7 @@ def train(
 
 def summary(out: Path, cases: list[Case]) -> str:
     """A line for each run that has begun: how far it got, its last loss, and the highest after the first tenth."""
-    lines = [f"{'run':<32} {'steps':>7} {'loss, last tenth':>17} {'highest later':>14} {'test accuracy':>14}"]
+    lines = [f"{'run':<32} {'steps':>14} {'loss, last tenth':>17} {'highest later':>14} {'test accuracy':>14}"]
     for case in cases:
         folders = [("hrnn", out / case.model)]
         folders += [(rival, out / case.model / rival.replace(":", "-")) for rival in RIVALS]
@@ -155,8 +161,7 @@ def summary(out: Path, cases: list[Case]) -> str:
             tenth = max(1, len(losses) // 10)
             last, later = math.fsum(losses[-tenth:]) / tenth, max(losses[tenth:], default=losses[-1])
             tested = [row["test_accuracy"] for row in rows if row["test_accuracy"]]
+            steps = f"{rows[-1]['step']} of {Config.load(folder / 'config.json').steps}"
             accuracy = f"{100 * float(tested[-1]):.1f} %" if tested else "-"
-            lines.append(
-                f"{f'{case.model} {name}':<32} {rows[-1]['step']:>7} {last:17.4f} {later:14.4f} {accuracy:>14}"
-            )
+            lines.append(f"{f'{case.model} {name}':<32} {steps:>14} {last:17.4f} {later:14.4f} {accuracy:>14}")
     return "\n".join(lines)

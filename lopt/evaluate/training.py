@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -209,7 +210,9 @@ class Cache:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"key": key, "result": dataclasses.asdict(result)})
-        write_atomic(path, lambda file: file.write(text.encode()))
+        own = path.with_suffix(f".{os.getpid()}")  # another evaluation may store the same
+        write_atomic(own, lambda file: file.write(text.encode()))
+        os.replace(own, path)
 
 
 def lock_steps(runs: Iterable[Run], parameters: Callable[[str], int]) -> list[list[Run]]:

@@ -17,8 +17,8 @@ FORMAT = 1
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replaces `path` by what `write` puts into a file; on any failure `path` is untouched and OSError or the failure
-    itself is raised. Processes that write the same file at once do not mix: the last one's stays."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    itself is raised. One process at a time may write to it."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -16,8 +16,8 @@ import torch
 from lopt.state import FORMATS
 from lopt.train import TrainError, models, parallel
 from lopt.train.arguments import checked_device, decay, not_negative, positive, share, whole
-from lopt.train.config import Config
-from lopt.train.data import NAMED, Data, open_data
+from lopt.train.config import HRNN_ONLY, Config
+from lopt.train.data import NAMED, Data, ImageFolder, open_data
 from lopt.train.group import announced
 from lopt.train.loop import Training
 from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
@@ -38,9 +38,8 @@ FOLDER_DEFAULTS = Defaults("preresnet50", 90, 128)
 SMALL_IMAGE = 32  # what images of no size of their own become for a model that takes any
 ROWS = 400  # in metrics.csv, about, when --log-every does not say
 
-HRNN_ONLY = ("init_lr", "min_lr", "meta", "state_format", "backend")
 CHANGEABLE = (
-    *("steps", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare"),
+    *("steps", "data", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare"),
     *("compare_steps", "accumulate", "channels_last", "compile", "parallel"),
 )  # of a resumed run
 
@@ -90,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         type=_rival,
-        metavar="NAME[:LR]",
-        help="then train the same with adamw, sgd or hrnn and draw both",
+        metavar="NAME[:LR[:DECAY]]",
+        help="then train the same with adamw, sgd or hrnn, at a rate and weight decay, and draw both",
     )
     how.add_argument("--compare-steps", type=whole(1), metavar="N", help="of these (default: as many as of the run)")
 
@@ -198,6 +197,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         eval_every=args.eval_every or per_epoch,
         train_images=data.train_count,
         classes=data.classes,
+        train_digest=data.digest if isinstance(data, ImageFolder) else None,
         init_lr=args.init_lr,
         min_lr=args.min_lr,
         meta=str(Path(meta).resolve()) if meta and Path(meta).is_file() else meta,
@@ -251,6 +251,12 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             f"data {config.data!r} has {data.train_count} training images in {data.classes} classes, but the run in "
             f"{str(args.resume)!r} began with {config.train_images} in {config.classes}: restore it, or start anew"
         )
+    digest = data.digest if isinstance(data, ImageFolder) else None
+    if config.train_digest not in (None, digest):
+        raise TrainError(
+            f"the training images of data {config.data!r} have other names or classes than those with which the run in "
+            f"{str(args.resume)!r} began: restore them, or start anew"
+        )
     return config, data
 
 
@@ -297,7 +303,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _rival(text: str) -> str:
-    name, colon, lr = text.partition(":")
-    if name not in OPTIMIZERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no optimizer: choose from {', '.join(OPTIMIZERS)}, or NAME:LR")
-    return f"{name}:{positive(lr)!r}" if colon else name
+    name, *numbers = text.split(":")
+    if name not in OPTIMIZERS or len(numbers) > 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no optimizer: choose from {', '.join(OPTIMIZERS)}, or NAME:LR or NAME:LR:DECAY"
+        )
+    kinds = zip((positive, not_negative), numbers, strict=False)
+    return ":".join([name, *(repr(kind(number)) for kind, number in kinds)])

@@ -11,6 +11,8 @@ import torch
 
 from lopt.train import TrainError, checkpoint
 
+HRNN_ONLY = ("init_lr", "min_lr", "meta", "state_format", "backend")  # fields of no other optimizer
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,6 +39,7 @@ class Config:
     eval_every: int
     train_images: int
     classes: int
+    train_digest: str | None = None  # of the names and classes of the training images, if they are files
     init_lr: float | None = None
     min_lr: float | None = None
     meta: str | None = None

@@ -6,6 +6,7 @@ A batch arrives in parts of equal size, consecutive images of it: `accumulate` p
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lopt.train import TrainError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -218,7 +223,7 @@ class ImageFolder:
         self.class_names = names
         self.classes = len(names)
         self._train = _list_images(path / "train", names)
-        if len(with_images := {label for _, label in self._train}) < self.classes:
+        if len(with_images := set(self._train.labels.tolist())) < self.classes:
             empty = next(name for label, name in enumerate(names) if label not in with_images)
             raise TrainError(
                 f"{str(path / 'train' / empty)!r} holds no image ({' '.join(IMAGE_SUFFIXES)}): add some, or remove the "
@@ -233,6 +238,11 @@ class ImageFolder:
     @property
     def test_count(self) -> int:
         return len(self._test)
+
+    @property
+    def digest(self) -> str:
+        """Of the training images' names below the folder and their classes: what the order of a run depends on."""
+        return self._train.digest
 
     def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
         """The parts of the steps start..stop-1. Raises TrainError naming a file that cannot be read."""
@@ -250,27 +260,72 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list_images(root: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """(path, class index) of every image below root, sorted. Raises TrainError when there is none."""
+class _Files:
+    """Paths below a folder and their classes, in arrays: a list of a million texts would be copied into every worker,
+    object by object, as their reference counts change.
+
+    Args:
+        found: (class index, path below root), in their order.
+
+    Attributes:
+        labels: [n].
+    """
+
+    def __init__(self, root: Path, found: list[tuple[int, str]]) -> None:
+        texts = [os.fsencode(path) for _, path in found]
+        self._root, self._text = str(root), np.frombuffer(b"".join(texts), np.uint8)
+        self._ends = np.cumsum([0, *map(len, texts)])
+        self.labels = np.array([label for label, _ in found])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        begin, end = self._ends[index : index + 2]
+        return os.path.join(self._root, os.fsdecode(self._text[begin:end].tobytes()))
+
+    @property
+    def digest(self) -> str:
+        """Of everything but the folder."""
+        content = hashlib.sha256(self._text.tobytes())
+        for array in (self._ends, self.labels):
+            content.update(array.astype("<i8").tobytes())
+        return content.hexdigest()[:16]
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Files below root, links followed but never in a circle; what is hidden is none's image."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+
+
+def _list_images(root: Path, classes: list[str]) -> _Files:
+    """Every image below root, sorted by class and path. Raises TrainError when there is none."""
     found = [
-        (os.path.join(folder, file), label)
+        (label, file.removeprefix(f"{root}{os.sep}"))
         for label, name in enumerate(classes)
-        for folder, _, files in os.walk(root / name)
-        for file in files
+        for file in _walk(root / name)
         if file.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not found:
         beside = any(file.lower().endswith(IMAGE_SUFFIXES) for file in os.listdir(root))
         cure = f"they must lie in a folder for each class, such as {root.name}/{classes[0]}/" if beside else "add some"
         raise TrainError(f"{str(root)!r} holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder: {cure}")
-    return sorted(found, key=lambda item: (item[1], item[0]))
+    return _Files(root, sorted(found))
 
 
 class _Pictures(torch.utils.data.Dataset):
     """Whole parts by key (epoch, indices): (images [n, 3, size, size] uint8, labels [n]), or the text of an error. An
     index beyond the files gives some image without a label."""
 
-    def __init__(self, files: list[tuple[str, int]], size: int, seed: int, augment: bool) -> None:
+    def __init__(self, files: _Files, size: int, seed: int, augment: bool) -> None:
         self.files, self.size, self.seed, self.augment = files, size, seed, augment
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | str:
@@ -279,7 +334,7 @@ class _Pictures(torch.utils.data.Dataset):
         epoch, indices = key
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
         for row, index in enumerate(indices):
-            path = self.files[min(index, len(self.files) - 1)][0]
+            path = self.files.path(min(index, len(self.files) - 1))
             try:
                 picture = self._read(path, epoch, index)
             except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what PIL raises
@@ -287,7 +342,7 @@ class _Pictures(torch.utils.data.Dataset):
                 cure = "replace it by an image that can be read" if self.augment else "replace or remove it"
                 return f"cannot read image {path!r} ({error}): {cure}, then resume"
             images[row] = torch.from_numpy(picture).permute(2, 0, 1)
-        labels = [self.files[index][1] if index < len(self.files) else NO_LABEL for index in indices]
+        labels = [int(self.files.labels[index]) if index < len(self.files) else NO_LABEL for index in indices]
         return images, torch.tensor(labels)
 
     def _read(self, path: str, epoch: int, index: int) -> np.ndarray:
@@ -308,8 +363,21 @@ class _Pictures(torch.utils.data.Dataset):
             image.draft("RGB", (width // shrink, height // shrink))  # JPEG decodes at 1/2, 1/4, 1/8 when that suffices
             x, y = image.width / width, image.height / height
             box = (left * x, top * y, (left + box_width) * x, (top + box_height) * y)
-            pixels = np.array(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+            whole = _eight_bits(image).convert("RGB")
+            pixels = np.array(whole.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
         return pixels[:, ::-1].copy() if flip else pixels
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture with 8 bits a channel: PIL cuts those of more off instead. Raises ValueError where none can be made."""
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels, of mode {image.mode}, are not whole numbers from 0 to 65,535")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
 def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:

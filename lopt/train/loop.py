@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lopt.distributed import local
 from lopt.train import TrainError, checkpoint, models, parallel
 from lopt.train.config import Config
 from lopt.train.data import NO_LABEL, Batches, Data, Feed
@@ -38,11 +39,12 @@ from lopt.train.scalars import Scalars
 from lopt.train.stop import StopRequest
 from lopt.train.timing import StepTimes
 
+PATIENCE = 20  # steps without a finite loss; an optimizer that passes over such steps may find out of them
 AUXILIARY_WEIGHT = 0.4  # of an auxiliary classifier's loss; Szegedy et al. 2015
 
 
 class Diverged(TrainError):
-    """The training loss is not finite."""
+    """The training loss is not finite, and nothing suggests that it will be again."""
 
 
 class Training:
@@ -91,7 +93,9 @@ class Training:
         self.step = 0  # steps taken
         self.row_step = 0  # step of the last row in metrics.csv
         self.seconds = 0.0  # of training before this process
-        self.sums = torch.zeros(2, device=self.device)  # loss and correct answers over the images since the last row
+        # Over the images since the last row: losses that are finite, how many those are, correct answers.
+        self.sums = torch.zeros(3, device=self.device)
+        self.streak = torch.zeros((), device=self.device)  # steps up to now whose loss was not finite
         self.times = StepTimes(self.device)
         self._batches_per_epoch = data.train_count // config.batch_size
         self.model.train()
@@ -109,6 +113,8 @@ class Training:
             parallel.load_model(self.model, state["model"])
             parallel.load_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            for group, initial in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+                group["lr"] = initial * SCHEDULES[self.config.schedule](state["step"] / self.config.steps)
             self.precision.scaler.load_state_dict(state.get("scaler", {}))
             if self.average is not None:
                 parallel.load_model(self.average.model, state["average"])
@@ -128,11 +134,12 @@ class Training:
             ) from error
 
     def run(self, folder: Path, stop: StopRequest) -> bool:
-        """Train to config.steps, or until `stop` has received a signal in any process; a checkpoint is there in either
+        """Train to config.steps, or until `stop` has received a signal in any process; a checkpoint is left in either
         case.
 
         folder: the run folder, existing. Returns whether all steps are done. Raises TrainError when an image cannot be
-        read or a file cannot be written, Diverged when the loss is not finite.
+        read or a file cannot be written, Diverged when the loss stays non-finite or the parameters are. Then no
+        checkpoint is written: that before has some to go on from.
         """
         config, path = self.config, folder / "checkpoint.pt"
         if self.step == self.row_step == config.steps and path.exists():
@@ -156,10 +163,12 @@ class Training:
                         if "test_accuracy" in evaluation:
                             bar.test_text = f", test {100 * evaluation['test_accuracy']:.1f} %"
                     self.times.clear()
-                signal_number, save_due = self._agree(stop, self._save_due(time.perf_counter() - saved, save_cost))
+                # Process 0 writes, so it alone knows what a checkpoint costs.
+                due = self.group.rank == 0 and self._save_due(time.perf_counter() - saved, save_cost)
+                signal_number, save_due = self._agree(stop, due)
                 ending = self.step >= config.steps or signal_number > 0
-                if (ending or save_due) and saved_steps != (self.step, self.row_step):
-                    self._finite_means(folder)
+                new = saved_steps != (self.step, self.row_step)
+                if (ending or save_due) and new and (not self._bad_steps() or self._sound()):
                     before = time.perf_counter()
                     self.seconds = before - started
                     self._save(path)
@@ -179,6 +188,7 @@ class Training:
         """One step on the next batch."""
         parts = self.config.accumulate
         self.optimizer.zero_grad()
+        sound = torch.ones((), dtype=torch.bool, device=self.device)
         for part in range(parts):
             with self.times.data.measure():
                 images, labels = next(batches)
@@ -190,9 +200,12 @@ class Training:
                 total = loss + AUXILIARY_WEIGHT * sum(self._loss(other, labels) for other in auxiliary)
                 self.precision.backward(total / parts)
             correct = (logits.detach().argmax(1) == labels).sum()
-            self.sums += torch.stack((loss.detach() * len(labels), correct))
+            finite = loss.isfinite()
+            self.sums += torch.stack((loss.detach().where(finite, 0.0) * len(labels), finite * len(labels), correct))
+            sound = sound & finite
         with self.times.optimizer.measure():
             self.precision.step(self.optimizer)
+        self.streak = torch.where(sound, 0.0, self.streak + 1)
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
@@ -287,27 +300,35 @@ class Training:
         entropy = [self.config.seed, self.group.rank, self.step]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
-    def _means(self, sums: Tensor) -> tuple[float, float]:
-        """(loss, accuracy) of sums over the images since the last row; waits for the device."""
-        images = max(1, (self.step - self.row_step) * self.config.batch_size)
-        loss, correct = (sums / images).tolist()
-        return loss, correct
+    def _means(self, sums: Tensor, processes: int) -> tuple[float, float]:
+        """(loss, accuracy) of sums of so many processes over the images since the last row; the loss is that of images
+        where it is finite, NaN if nowhere. Waits for the device."""
+        images = max(1, (self.step - self.row_step) * self.config.batch_size * processes // self.group.size)
+        loss, finite, correct = sums.tolist()
+        return loss / finite if finite else math.nan, correct / images
 
-    def _finite_means(self, folder: Path) -> tuple[float, float]:
-        """Of all processes."""
-        loss, accuracy = self._means(self.group.sum(self.sums))
-        if not math.isfinite(loss):
+    def _bad_steps(self) -> int:
+        """Steps up to now whose loss was not finite in some process; waits for the device."""
+        (steps,) = self.group.max([self.streak.item()])
+        return int(steps)
+
+    def _sound(self) -> bool:
+        """Whether the parameters and BatchNorm's statistics are finite, in every process."""
+        own = [local(tensor) for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        (broken,) = self.group.any([not all(tensor.isfinite().all() for tensor in own)])
+        return not broken
+
+    def _train_part_of_row(self, folder: Path) -> dict[str, Any]:
+        if (bad := self._bad_steps()) and (bad >= PATIENCE or not self._sound()):
             path = folder / "checkpoint.pt"
             kept = f"the checkpoint before it is {str(path)!r}" if path.exists() else "there is no checkpoint before it"
             smaller = "--init-lr" if self.config.optimizer == "hrnn" else "--lr"
             raise Diverged(
-                f"the training loss of {self.config.optimizer} (lr {self.config.lr:g}) is {loss} at step {self.step}; "
-                f"{kept}. Start again with a smaller {smaller}"
+                f"the training loss of {self.config.optimizer} (lr {self.config.lr:g}) was not finite for {bad} "
+                f"step{'s' if bad > 1 else ''} up to {self.step}; {kept}, but from there the same would follow. Start "
+                f"again with a smaller {smaller}"
             )
-        return loss, accuracy
-
-    def _train_part_of_row(self, folder: Path) -> dict[str, Any]:
-        loss, accuracy = self._finite_means(folder)
+        loss, accuracy = self._means(self.group.sum(self.sums), self.group.size)
         row = {
             "step": self.step,
             "epoch": round(self.step / self._batches_per_epoch, 4),
@@ -356,7 +377,7 @@ class Training:
 
     def _bar_text(self) -> str:
         """Means since the last row, of this process; waits for the device."""
-        loss, accuracy = (value * self.group.size for value in self._means(self.sums))
+        loss, accuracy = self._means(self.sums, 1)
         seconds, data, optimizer = self.times.per_step()
         return (
             f"data {100 * data / seconds:.0f} %, optimizer {100 * optimizer / seconds:.0f} %, loss {loss:.3g}, "

@@ -110,10 +110,15 @@ def reshard(model: nn.Module) -> None:
 
 
 def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with whole tensors, those that were sharded on the CPU. All processes of the group have to call."""
+    """A state dict with whole tensors, those that were sharded on the CPU; without them in processes other than 0. All
+    processes of the group have to call."""
     from torch.distributed.tensor import DTensor
 
-    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), state)
+    def whole(tensor: Tensor) -> Tensor | None:
+        full = tensor.full_tensor()  # type: ignore[attr-defined]
+        return full.cpu() if dist.get_rank() == 0 else None
+
+    return tree_map_only(DTensor, whole, state)
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -61,7 +61,7 @@ def draw(path: Path, title: str, runs: dict[str, Path]) -> None:
         axes.grid(alpha=0.25)
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", parse_math=False)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 

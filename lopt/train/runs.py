@@ -10,12 +10,13 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lopt import HRNN, backends
 from lopt.train import TrainError, checkpoint
-from lopt.train.config import Config
+from lopt.train.config import HRNN_ONLY, Config
 from lopt.train.data import Data
 from lopt.train.loop import Diverged, Training
 from lopt.train.metrics import COLUMNS, read_metrics
@@ -46,6 +47,10 @@ def train_all(training: Training, folder: Path | None) -> int:
             if group.rank == 0:
                 _write_config(training.config, home)
             label = f"{OPTIMIZERS[training.config.optimizer].label}, lr {training.config.lr:g}"
+            if label in drawn:
+                label += f" ({rival})"
+            if rival and group.rank == 0:
+                print(f"compare    {label}, weight decay {training.config.weight_decay:g}", flush=True)
             outcome = None
             try:
                 done = training.run(home, stop)
@@ -110,20 +115,22 @@ def _check_steps(config: Config, folder: Path) -> None:
 
 
 def rival_config(config: Config, rival: str) -> Config:
-    """The same task for another optimizer; rival: NAME or NAME:LR."""
-    name, _, lr = rival.partition(":")
+    """The same task for another optimizer, or for the same with what else was given for it.
+
+    rival: NAME, NAME:LR or NAME:LR:DECAY.
+    """
+    name, *numbers = rival.split(":")
     choice = OPTIMIZERS[name]
+    if name != config.optimizer:
+        none: dict[str, Any] = dict.fromkeys(HRNN_ONLY)
+        config = replace(config, weight_decay=choice.weight_decay, **none)
+    if len(numbers) > 1:
+        config = replace(config, weight_decay=float(numbers[1]))
     return replace(
         config,
         optimizer=name,
-        lr=float(lr) if lr else choice.lr,
-        weight_decay=choice.weight_decay,
+        lr=float(numbers[0]) if numbers else choice.lr,
         steps=min(config.steps, config.compare_steps or config.steps),
-        init_lr=None,
-        min_lr=None,
-        meta=None,
-        state_format=None,
-        backend=None,
         compare=(),
         compare_steps=None,
     )

@@ -8,7 +8,7 @@ import pytest
 from lopt import cli
 from lopt.bench import gpu, stability, train
 from lopt.bench.results import load
-from lopt.train import checkpoint, models, plots
+from lopt.train import TrainError, checkpoint, models, plots
 from lopt.train.optimizers import OPTIMIZERS
 
 OPTIONS = ["--device", "cpu", "--batch-size", "4", "--rounds", "2", "--threads", "1"]
@@ -78,3 +78,25 @@ def test_stability_trains_hrnn_on_all_models_before_the_others_and_goes_on_where
     order.clear()
     assert cli.main(options) == 0
     assert order == []
+    assert cli.main([*options, "--meta", "hrnn-4"]) == 1
+    assert "--meta hrnn-4 differs from the None of the run" in capsys.readouterr().out
+
+
+def test_stability_tells_of_a_divergence_and_goes_on_with_the_other_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = tuple(stability.Case(name, 8, 4, 2, 1) for name in ("preresnet8", "preresnet18"))
+    monkeypatch.setitem(stability.SCALES, "cpu", stability.Scale(stability.Images(2, 12, 4, 16), cases, ()))
+    trained = []
+
+    def train(case: stability.Case, *_: object) -> int:
+        trained.append((case.model, _[-1]))
+        if case.model == "preresnet8":
+            raise TrainError("diverged")
+        return 0
+
+    monkeypatch.setattr(stability, "train", train)
+    assert cli.main(["bench", "stability", "--device", "cpu", "--jobs", "1", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "preresnet8: diverged" in said and "all is done" not in said
+    assert trained == [("preresnet8", False), ("preresnet18", False), ("preresnet18", True)]

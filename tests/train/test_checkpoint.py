@@ -1,10 +1,8 @@
 """A checkpoint is the old one or the whole new one, and a damaged one is noticed."""
 
 import errno
-import os
 import resource
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import torch
@@ -70,26 +68,6 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write_atomic(path, fail)
     assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-
-    def other(file: BinaryIO) -> None:
-        file.write(b"first half,")
-        pid = os.fork()
-        if not pid:
-            try:
-                checkpoint.write_atomic(path, lambda file: file.write(b"of the other"))
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        assert path.read_bytes() == b"of the other"
-        file.write(b"second half")
-
-    checkpoint.write_atomic(path, other)
-    assert path.read_bytes() == b"first half,second half"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lopt.train import TrainError, checkpoint, command, plots
+from lopt.train import TrainError, checkpoint, command, plots, textures
 from lopt.train.config import Config
 from lopt.train.metrics import read_metrics
 
@@ -253,6 +253,39 @@ def test_compared_runs_see_the_same_model_and_batches_and_are_drawn_together(
     assert first[0][2] == first[1][2]  # the loss before the first step
     with Image.open(tmp_path / "run" / "curves.png") as image:
         assert image.width > 1000
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_rival_of_the_same_optimizer_has_its_options_and_any_its_own_weight_decay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "preresnet8", "--steps", 2, "--batch-size", 16, "--meta", "hrnn-4", "--init-lr", 0.01]
+    rivals = ["hrnn:0.5", "adamw:0.001:0.3", "adamw"]
+    assert run(*options, "--weight-decay", 0.2, "--compare", *rivals, "--out", tmp_path / "run") == 0
+    half, decayed, plain = (
+        Config.load(tmp_path / "run" / name / "config.json") for name in ("hrnn-0.5", "adamw-0.001-0.3", "adamw")
+    )
+    assert (half.lr, half.meta, half.init_lr, half.weight_decay) == (0.5, "hrnn-4", 0.01, 0.2)
+    assert (decayed.lr, decayed.meta, decayed.init_lr, decayed.weight_decay) == (0.001, None, None, 0.3)
+    assert plain.weight_decay == 0.01
+    said = capsys.readouterr().out
+    assert "compare    AdamW, lr 0.001, weight decay 0.3" in said
+    assert "result     AdamW, lr 0.001 (adamw): " in said
+
+
+def test_a_run_goes_on_where_its_images_have_moved_to_and_not_with_others(tmp_path: Path) -> None:
+    textures.make(tmp_path / "images", classes=2, train=8, val=4, size=16, jobs=1)
+    options = ["--model", "preresnet8", "--batch-size", 4, "--image-size", 16, "--workers", 0, "--steps", 2]
+    assert run(*options, "--data", tmp_path / "images", "--out", tmp_path / "run") == 0
+    (tmp_path / "images").rename(tmp_path / "moved")
+    with pytest.raises(TrainError, match="nor a folder: check --data"):
+        run("--resume", tmp_path / "run", "--steps", 4)
+    assert run("--resume", tmp_path / "run", "--steps", 4, "--data", tmp_path / "moved") == 0
+    for part in ("train", "val"):
+        first = min((tmp_path / "moved" / part).iterdir())
+        first.rename(first.with_name("zzz"))
+    with pytest.raises(TrainError, match="have other names or classes than those"):
+        run("--resume", tmp_path / "run", "--steps", 6)
 
 
 def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(tmp_path: Path, assert_same_run: SameRun) -> None:

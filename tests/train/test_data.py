@@ -1,5 +1,6 @@
 """Batches are a pure function of (seed, step), and files are read as stated."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,42 @@ def test_every_mode_of_image_becomes_three_channels(tree: Path, mode: str) -> No
     batches = list(ImageFolder(tree).train_batches(folder_feed(batch_size=13), 0, 1))
     assert batches[0][0].shape == (13, 3, 16, 16)
     assert batches[0][0].isfinite().all()
+
+
+def test_images_of_sixteen_bits_are_scaled_to_eight_and_others_refused(tree: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for path in (tree / "val").rglob("*.jpg"):
+        path.unlink()
+    for suffix in ("png", "tif", "pgm"):
+        Image.fromarray(ramp.astype(np.uint16)).save(tree / "val" / "across" / f"ramp.{suffix}")
+    Image.fromarray(np.round(ramp / 257).astype(np.uint8)).save(tree / "val" / "across" / "as8.png")
+    images, _ = next(ImageFolder(tree).test_batches(folder_feed(batch_size=4)))
+    assert len(images.flatten(1)[0].unique()) > 30
+    for image in images[1:]:
+        torch.testing.assert_close(image, images[0])
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tree / "val" / "across" / "a.tif")
+    with pytest.raises(TrainError, match=r"a\.tif.*of mode F, are not whole numbers"):
+        next(ImageFolder(tree).test_batches(folder_feed(batch_size=4)))
+
+
+def test_links_are_followed_but_not_in_circles_and_what_is_hidden_is_left_out(tree: Path, tmp_path: Path) -> None:
+    across = tree / "train" / "across"
+    before = ImageFolder(tree)
+    (tmp_path / "elsewhere" / "deeper").mkdir(parents=True)
+    source = min(across.glob("*.jpg"))
+    for name in ("elsewhere/one.jpg", "elsewhere/deeper/two.jpg"):
+        (tmp_path / name).write_bytes(source.read_bytes())
+    (across / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "deeper" / "circle").symlink_to(across)
+    (across / "._hidden.jpg").write_bytes(b"no image")
+    (across / ".checkpoints").mkdir()
+    (across / ".checkpoints" / "x.jpg").write_bytes(source.read_bytes())
+    data = ImageFolder(tree)
+    assert data.train_count == before.train_count + 2
+    assert data.digest != before.digest
+    assert data._train.path(data.train_count - 1) == before._train.path(before.train_count - 1)
+    paths = [data._train.path(index) for index in range(data.train_count)]
+    assert str(across / "more" / "deeper" / "two.jpg") in paths and all(map(os.path.isfile, paths))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,7 +15,7 @@ from torch import nn
 from lopt.train import TrainError, checkpoint, loop, models
 from lopt.train.config import Config
 from lopt.train.data import Digits
-from lopt.train.loop import Training
+from lopt.train.loop import Diverged, Training
 from lopt.train.metrics import COLUMNS, read_metrics
 from lopt.train.stop import StopRequest
 
@@ -134,11 +134,48 @@ def test_training_learns_digits(data: Digits, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(data: Digits, tmp_path: Path) -> None:
     config = replace(CONFIG, optimizer="sgd", lr=1e30, checkpoint_every=1, log_every=1)
-    with pytest.raises(TrainError, match=r"loss of sgd \(lr 1e\+30\) is (nan|inf) at step \d+; .*smaller --lr"):
+    with pytest.raises(
+        TrainError, match=r"loss of sgd \(lr 1e\+30\) was not finite for \d+ steps? up to \d+; .*smaller --lr"
+    ):
         train(config, data, tmp_path / "run")
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     assert state["meter"].isfinite().all()
     assert all(math.isfinite(float(row[2])) for row in read_metrics(tmp_path / "run" / "metrics.csv"))
+
+
+@pytest.mark.parametrize("optimizer", ["hrnn", "adamw"])
+def test_one_loss_that_is_not_finite_ends_only_what_it_has_broken(
+    optimizer: str, data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Training._loss
+
+    def sometimes(self: Training, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss(self, logits, labels) * (math.nan if self.step in (6, 11, 23) else 1.0)
+
+    monkeypatch.setattr(Training, "_loss", sometimes)
+    saved: list[int] = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: [saved.append(state["step"]), save(path, state)])
+    config = replace(
+        CONFIG, optimizer=optimizer, lr=1.0 if optimizer == "hrnn" else 1e-3, checkpoint_every=1, log_every=1
+    )
+    if optimizer == "adamw":  # its parameters are not finite any more
+        with pytest.raises(Diverged, match="not finite for 1 step up to 7"):
+            train(config, data, tmp_path / "run")
+        assert saved == [1, 2, 3, 4, 5, 6]
+        return
+    train(config, data, tmp_path / "run")  # which passes over such steps
+    assert saved == list(range(1, 25))
+    losses = [float(row[2]) for row in read_metrics(tmp_path / "run" / "metrics.csv")]
+    assert [step + 1 for step, value in enumerate(losses) if math.isnan(value)] == [7, 12, 24]
+    monkeypatch.setattr(Training, "_loss", lambda self, *given: loss(self, *given) * math.nan)
+    with pytest.raises(Diverged, match="not finite for 20 steps up to 20"):
+        train(config, data, tmp_path / "all")
+    monkeypatch.setattr(Training, "_loss", sometimes)
+    train(replace(config, log_every=4), data, tmp_path / "coarse")
+    rows = [(int(row[0]), float(row[2])) for row in read_metrics(tmp_path / "coarse" / "metrics.csv")]
+    for (begin, _), (end, mean) in zip(rows, rows[1:], strict=False):
+        assert mean == pytest.approx(np.nanmean(losses[begin:end]), rel=1e-6)
 
 
 def test_checkpoints_are_written_every_so_many_steps(

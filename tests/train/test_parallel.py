@@ -257,6 +257,16 @@ def a_checkpoint_amid_a_row_does_not_change_its_means(folder: Path) -> None:
 
 
 @on_two_processes
+def the_process_that_writes_alone_says_when_a_checkpoint_is_due(folder: Path) -> None:
+    group, saved = Group.from_environment("gloo"), []
+    with plain_model(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_save_due", lambda self, since, cost: self.group.rank == 1 or self.step == 3)
+        patch.setattr(Training, "_save", lambda self, path: saved.append(self.step))
+        train(CONFIG, folder / "run", group)
+    assert saved == [3, 8]  # process 1, which writes nothing, would have it cheap
+
+
+@on_two_processes
 def a_signal_that_torchrun_passes_on_is_not_a_second_one(folder: Path) -> None:
     os.environ["WORLD_SIZE"], before = str(WORLD), os.environ.get("WORLD_SIZE")
     acted: list[int] = []
