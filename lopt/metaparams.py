@@ -390,7 +390,7 @@ class MetaParams(Mapping[str, Tensor]):
             variable = VARIABLE_NAMES[name]
             if variable in known:
                 array = np.asarray(known[variable])
-                if array.size != math.prod(shape):
+                if array.shape != tf_shape(name, shape):
                     raise ValueError(
                         f"variable {variable!r} has shape {array.shape}, it must be {tf_shape(name, shape)}"
                     )

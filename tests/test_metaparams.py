@@ -169,6 +169,9 @@ def test_tensorflow_arrays_that_do_not_fit_are_refused_by_name():
         MetaParams.from_tf(arrays, CONFIGS["attention"])
     with pytest.raises(ValueError, match=r"'update_weights' has shape \(11, 1\)"):
         MetaParams.from_tf({**arrays, "update_weights": np.zeros((11, 1), np.float32)}, HRNNConfig())
+    name = next(name for name, array in arrays.items() if array.ndim == 2 and 1 < array.shape[0] != array.shape[1] > 1)
+    with pytest.raises(ValueError, match=f"'{name}' has shape"):  # as many numbers, in another order
+        MetaParams.from_tf({**arrays, name: arrays[name].T}, HRNNConfig())
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         folder = group.from_first(_new_folder(args.out, options) if group.rank == 0 else None)
     elif saved is not None:
         training.load_state_dict(saved)
-    with StopRequest() as stop:
+    with StopRequest() as stop, checkpoint.alone(folder) if group.rank == 0 else contextlib.nullcontext():
         finished = training.run(folder, stop)
     group.leave()
     if group.rank == 0:

@@ -121,11 +121,14 @@ class Recipe:
         return f"{self.config.to_json()} {stages}"
 
     def scaled(self, minutes: float | None) -> Recipe:
-        """The same with every stage's meta-steps scaled to another duration."""
+        """The same with every stage's meta-steps, those of its warm-up too, scaled to another duration."""
         if minutes is None:
             return self
         factor = minutes / self.minutes
-        stages = (dataclasses.replace(s, meta_steps=max(1, round(factor * s.meta_steps))) for s in self.stages)
+        stages = (
+            dataclasses.replace(s, meta_steps=max(1, round(factor * s.meta_steps)), warmup=round(factor * s.warmup))
+            for s in self.stages
+        )
         return dataclasses.replace(self, stages=tuple(stages), minutes=minutes)
 
 
@@ -456,7 +459,8 @@ LENGTHEN = Recipe(
 # standard deviations.
 PAPER = Recipe(
     config=HRNNConfig(global_input="last"),
-    minutes=600,
+    minutes=4000,
+    validate_every=2000,
     stages=(
         Stage(
             "paper",

@@ -65,8 +65,9 @@ class Augment:
     """What is drawn at every restart besides the task itself; all numbers in natural-log space or as (low, high).
 
     Applied outside of the optimizer's sight: it works on theta / scale and sees loss_scale times the gradient. Apart
-    from epsilons the rule does not notice a common scale of a tensor's parameters and learning rates, so the spread of
-    initial learning rates is a spread of parameter scales too.
+    from epsilons a rule without a bound below its rates does not notice a common scale of a tensor's parameters and
+    learning rates, so the spread of initial learning rates is a spread of parameter scales too. With a bound, rates
+    drawn below it are at it after the first step: `lopt.HRNN` lowers it to `init_lr`, meta-training does not.
 
     Args:
         lr: initial learning rate, log-uniform for each task.
@@ -88,7 +89,8 @@ class Augment:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Meta-loss of one task: mean over steps of log((|f| + floor f_0) / f_0), the mean of the log ratio to the start.
+    """Meta-loss of one task: mean over steps of log((f + floor f_0) / f_0), the mean of the log ratio to the start. A
+    loss below zero counts as zero.
 
     Args:
         floor: below this share of the start a loss counts no further.
@@ -103,7 +105,7 @@ class Objective:
         # A loss that is not finite has diverged. Of NaN the logarithm would have no derivative, not even times zero.
         finite = losses.isfinite() & start.isfinite()
         losses, scale = torch.where(finite, losses, 0.0), torch.where(start.isfinite(), start.abs() + 1e-30, 1.0)
-        ratio = torch.log((losses.abs() + self.floor * scale) / scale)
+        ratio = torch.log((losses.clamp(min=0.0) + self.floor * scale) / scale)
         return torch.where(finite & (ratio <= self.cap), ratio, self.cap).mean(0)
 
 

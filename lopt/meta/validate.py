@@ -1,8 +1,8 @@
 """How good meta-parameters are on tasks they are not trained on, beside Adam.
 
-The tasks are larger than those of meta-training and of other shapes, and steps are those of `lopt.HRNN` at its
-defaults. Everything is drawn from a fixed seed, so that scores of different meta-parameters can be compared; Adam gets
-the same data and starts, at each of seven rates.
+The tasks are of the families of meta-training, most of them of other shapes and many larger; steps are those of
+`lopt.HRNN` at its defaults. Everything is drawn from a fixed seed, so that scores of different meta-parameters can be
+compared; Adam gets the same data and starts, at each of seven rates.
 """
 
 from __future__ import annotations

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ def train_all(training: Training, folder: Path | None) -> int:
         _announce(training, folder)
     drawn: dict[str, Path] = {}
     done = True
-    with StopRequest() as stop, _alone(folder) if group.rank == 0 else contextlib.nullcontext():
+    with StopRequest() as stop, checkpoint.alone(folder) if group.rank == 0 else contextlib.nullcontext():
         for rival in ("", *config.compare):
             if rival:
                 training = Training(rival_config(config, rival), data, group)
@@ -78,28 +76,6 @@ def train_all(training: Training, folder: Path | None) -> int:
 def _home(folder: Path, rival: str) -> Path:
     """Where a run lies that is compared with that of `folder`; that one itself for ""."""
     return folder / rival.replace(":", "-")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises TrainError if another process trains in the folder, where the system tells."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            text = f"another process is training in {str(folder)!r}: wait for it, or choose another --out"
-            raise TrainError(text) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_steps(config: Config, folder: Path) -> None:

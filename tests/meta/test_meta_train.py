@@ -18,7 +18,7 @@ from lopt.meta.meta_train import COLUMNS, MetaTraining, TFRMSProp
 from lopt.meta.recipe import Recipe, Stage
 from lopt.meta.tasks import Task, networks, paper
 from lopt.meta.unroll import Augment, Draw, Objective
-from lopt.train import TrainError
+from lopt.train import TrainError, checkpoint
 from lopt.train.stop import StopRequest
 
 CONFIG = HRNNConfig(level_sizes=(3, 3, 3), timescales=2, ms_eps=1e-24, rms_eps=1e-30)
@@ -218,6 +218,9 @@ def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path,
     optimizer.step()
     assert not torch.equal(weight, torch.ones(3))
     assert cli.main(["meta-train", "--resume", str(out)]) == 0
+    with checkpoint.alone(out):
+        assert cli.main(["meta-train", "--resume", str(out)]) == 2
+    assert "another process is training in" in capsys.readouterr().err
     assert cli.main(["meta-train", "--resume", str(out), "--seed", "4"]) == 2
     assert "--seed cannot change" in capsys.readouterr().err
     assert cli.main(["meta-train", "--out", str(out)]) == 2
@@ -260,6 +263,9 @@ class Data(Base):
 class Fails(Base):
     def loss(self, params, data):
         return data["x"]
+class Below(Base):
+    def loss(self, params, data):
+        return super().loss(params, data) - 100
 class Needs(Base):
     def __init__(self, size):
         pass
@@ -276,6 +282,7 @@ class Needs(Base):
         ("Start", "must return tensors of shapes [(2, 3), (2, 2, 2)], got [(2, 3)]"),
         ("Data", "got function: keep other things in the task itself"),
         ("Fails", "KeyError: 'x'"),
+        ("Below", "loss must be positive"),
         ("Needs", "missing 1 required positional argument"),
     ],
 )
@@ -376,6 +383,8 @@ def test_recipes_scale_to_other_durations():
         half = recipe.scaled(recipe.minutes / 2)
         for ours, full in zip(half.stages, recipe.stages, strict=True):
             assert ours.meta_steps == pytest.approx(full.meta_steps / 2, abs=1)
+            highest, whole = (max(map(one.lr_at, range(one.meta_steps))) for one in (ours, full))
+            assert highest == pytest.approx(whole, rel=0.02)
             assert ours.lr_at(ours.meta_steps) == pytest.approx(full.lr_at(full.meta_steps))
     assert recipes.DEFAULT.scaled(None) is recipes.DEFAULT
     first = recipes.DEFAULT.stages[0]

@@ -130,6 +130,11 @@ def try_out(task: Task) -> None:
     if not isinstance(loss, Tensor) or loss.shape != (count,):
         found_loss = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss of {count} copies must be a tensor of shape ({count},), got {found_loss}")
+    if not (loss.detach() > 0).all():
+        raise ValueError(
+            f"loss must be positive, for what counts is its logarithm relative to the start; at the start it is "
+            f"{loss.detach().tolist()}: add what its lowest value is below zero"
+        )
     grads = torch.autograd.grad(loss.sum(), params, allow_unused=True)
     if unused := [index for index, grad in enumerate(grads) if grad is None]:
         raise ValueError(f"loss does not depend on parameter tensor {unused[0]}: leave it out of shapes")

@@ -1,8 +1,8 @@
 """The families of Wichrowska et al. 2017 (section 5 and the published code), and its set of 101 tasks.
 
-Formulas and settings are the original's; a parameter is called x here where the formula has one tensor. `PAPER_TASKS`
-are those meta-trained on, `OFF_BY_DEFAULT` further ones the original ships. Data are drawn anew for every copy, where
-the original fixes them per task.
+Formulas, and the settings of `paper_tasks`, those meta-trained on, are the original's; a parameter is called x here
+where the formula has one tensor. `off_by_default` has further ones the original ships, in sizes of ours and with labels
+that are right. Data are drawn anew for every copy, where the original fixes them per task.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lopt.meta.tasks.base import Data, LogOf, Noisy, Params, Random, Rescaled, S
 
 EPS = 1e-6
 L2 = 1e-3  # of a classifier's penalty
+RANDOM_LABELS = 0.01  # share of those of clouds, scikit-learn's default
 SAMPLES = 1000  # of a classifier's data set
 TEACHER_LAYERS, TEACHER_WIDTH = 6, 20
 
@@ -220,7 +221,8 @@ class Classifier(Batches):
 
 
 class Softmax(Classifier):
-    """Linear classifier of two clouds, each two normal clusters at corners of a cube with half-width `separation`."""
+    """Linear classifier of two clouds, each two normal clusters at corners of a cube with half-width `separation`; a
+    hundredth of the labels are drawn at random."""
 
     def __init__(self, features: int, separation: float = 1.0, batch: int | None = None) -> None:
         super().__init__(((features, 2), (2,)), batch)
@@ -235,7 +237,9 @@ class Softmax(Classifier):
         x = torch.zeros_like(noise)
         for cluster in range(4):
             x += (corner == cluster)[..., None] * (noise @ spread[:, cluster] + centers[:, cluster, None])
-        return {"x": x, "y": (corner % 2).float()}
+        drawn = random.integers(count, SAMPLES, high=2)
+        labels = torch.where(random.uniform(count, SAMPLES) < RANDOM_LABELS, drawn, corner % 2)
+        return {"x": x, "y": labels.float()}
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         return affine(x, *params)
