@@ -96,7 +96,8 @@ def _save_text(path: Path, text: str) -> None:
 
 
 def _entrants(evaluation: Evaluation, part: Part) -> list[Entrant]:
-    """HRNN with each weights, then the baselines tuned and untuned, as far as they were trained."""
+    """HRNN with each weights, then the baselines tuned for each task, for all at once, and untuned, as far as they were
+    trained."""
     results, tasks, steps, seeds = evaluation.results, part.tasks, part.steps, evaluation.all_seeds
     found: list[Entrant | None] = []
     for label, weights in evaluation.weights.items():
@@ -106,8 +107,9 @@ def _entrants(evaluation: Evaluation, part: Part) -> list[Entrant]:
         found.append(_tuned(evaluation, part, name))
         if len(line.rates) > 1:
             setting = statistics.baseline(name, line.default)
+            found.append(statistics.uniform(results, tasks, steps, seeds, name, suites.choices(part, name)))
             found.append(statistics.fixed(results, tasks, steps, seeds, f"{line.label}, lr {line.default:g}", setting))
-    return [entrant for entrant in found if entrant is not None]
+    return list({entrant.label: entrant for entrant in found if entrant is not None}.values())
 
 
 def _tuned(evaluation: Evaluation, part: Part, name: str, metric: str = "final") -> Entrant | None:
@@ -482,7 +484,9 @@ def _method(evaluation: Evaluation) -> str:
             "All optimizers see the same starts and minibatches, which "
             "only the seed decides. Per task, a tuned baseline is the learning rate with the lowest final training "
             "loss, the geometric mean over the seeds, and of those that solve it the fastest over all steps; by test "
-            "loss, the one with the lowest test loss, which nobody knows beforehand. The rates:\n",
+            "loss, the one with the lowest test loss, which nobody knows beforehand. At one rate for all tasks, "
+            "baselines are shown at their default and where the mean logarithm of the final loss is lowest. The "
+            "rates:\n",
             *rates,
             "",
             *(["AdamW decays weights by 0.01.\n"] if "adamw-cosine" in optimizers else []),

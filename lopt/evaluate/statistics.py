@@ -93,6 +93,24 @@ def tuned(
     return Entrant(label if metric == "final" else f"{label} by {metric} loss", choices)
 
 
+def uniform(
+    results: Results, tasks: Sequence[str], steps: int, seeds: Sequence[int], optimizer: str, rates: Sequence[float]
+) -> Entrant | None:
+    """A baseline at one learning rate for all tasks, that of the lowest mean logarithm of the final loss.
+
+    None where a training is missing.
+    """
+    scores = {}
+    for rate in rates:
+        setting = baseline(optimizer, rate)
+        runs = [Run(task, steps, seed, setting) for task in tasks for seed in seeds]
+        if any(run not in results for run in runs):
+            return None
+        scores[rate] = sum(results[run].log_ratio for run in runs)
+    best = min(scores, key=lambda rate: scores[rate])
+    return fixed(results, tasks, steps, seeds, f"{OPTIMIZERS[optimizer].label}, lr {best:g}", baseline(optimizer, best))
+
+
 def baseline(optimizer: str, rate: float) -> Setting:
     """The setting of an optimizer of the table at a learning rate."""
     line = OPTIMIZERS[optimizer]

@@ -95,6 +95,15 @@ def test_tuning_by_test_loss_takes_other_rates_and_needs_a_test_set():
     assert statistics.tuned(results, TASKS, 10, SEEDS, "adam", metric="test") is None
 
 
+def test_one_rate_for_all_tasks_is_the_best_on_average():
+    best = {"one": 1e-4, "two": 1e-2}
+    results = table(lambda task, rate, seed: math.exp(math.log10(rate / best[task]) ** 2 - 9))
+    entrant = statistics.uniform(results, TASKS, 10, SEEDS, "adam", OPTIMIZERS["adam"].rates)
+    assert entrant.label == "Adam, lr 0.001" and {setting.lr for setting in entrant.settings.values()} == {1e-3}
+    del results[Run("two", 10, 1, statistics.baseline("adam", 1e-4))]
+    assert statistics.uniform(results, TASKS, 10, SEEDS, "adam", OPTIMIZERS["adam"].rates) is None
+
+
 def test_a_missing_training_leaves_the_optimizer_out():
     results = table(lambda task, rate, seed: 0.5)
     del results[Run("two", 10, 1, statistics.baseline("adam", 1e-1))]
