@@ -227,7 +227,8 @@ def run_small(only: str) -> None:
             with failures_named(f"{name}{' with attention' if attention else ''}"):
                 meta = lopt.MetaParams.init(lopt.HRNNConfig(attention=attention))
                 ours, right = (
-                    small_steps(meta, chosen, state_format or "float32") for chosen in (backend, "reference")
+                    small_steps(meta, chosen, state_format or "float32", device)  # sanitizers shall see kernels alone
+                    for chosen, device in ((backend, DEVICE), ("reference", torch.device("cpu")))
                 )
                 for left, other in zip(ours, right, strict=True):
                     # Two steps of init_lr / e each; the compact state's numbers differ by about 1e-3 of themselves.
@@ -237,19 +238,18 @@ def run_small(only: str) -> None:
                 print(f"{name}{' with attention' if attention else ''}: as the reference", flush=True)
 
 
-def small_steps(meta: lopt.MetaParams, backend: str, state_format: str) -> list[Tensor]:
-    """The parameters after two steps."""
+def small_steps(meta: lopt.MetaParams, backend: str, state_format: str, device: torch.device) -> list[Tensor]:
+    """The parameters after two steps, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     params = [
-        torch.randn(n, generator=generator).to(DEVICE).requires_grad_() for n in (1, 7, 255, 257, 2049, 2052, 40_000)
+        torch.randn(n, generator=generator).to(device).requires_grad_() for n in (1, 7, 255, 257, 2049, 2052, 40_000)
     ]
     optimizer = lopt.HRNN(params, backend=backend, state_format=state_format, meta=meta, weight_decay=0.1)
     for _ in range(2):
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
         optimizer.step()
-    torch.cuda.synchronize()
-    return [param.detach() for param in params]
+    return [param.detach().cpu() for param in params]
 
 
 def small_meta_gradient(meta: lopt.MetaParams) -> Tensor:

@@ -2,7 +2,8 @@
 # Everything that only a GPU can show, in one command: build, tests, sanitizers, times, a table last.
 #
 #     bash bench/gpu.sh                        all parts, one after the other
-#     bash bench/gpu.sh check                  tests and compute-sanitizer
+#     bash bench/gpu.sh check                  tests
+#     bash bench/gpu.sh sanitize               a few steps under compute-sanitizer
 #     bash bench/gpu.sh measure                steps, graph replays, bandwidth, meta-training, kernels
 #     bash bench/gpu.sh train                  images per second beside AdamW and SGD
 #     bash bench/gpu.sh stability              thousands of steps of large models, into runs/stability
@@ -71,8 +72,8 @@ sanitizer() {
     command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /usr/local/cuda/compute-sanitizer/compute-sanitizer
 } 2>/dev/null
 
-# sanitize NAME SECONDS BACKEND OPTION...: a few steps under compute-sanitizer, each tensor in memory of its own
-sanitize() {
+# sanitized NAME SECONDS BACKEND OPTION...: a few steps under compute-sanitizer, each tensor in memory of its own
+sanitized() {
     local name=$1 limit=$2 backend=$3
     shift 3
     stage "$name" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" "$@" --error-exitcode 3 \
@@ -82,22 +83,26 @@ sanitize() {
 check() {
     local processes=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && processes=(-n "$(nproc)" --maxprocesses 8)
-    local tests=("$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${processes[@]}" \
+    local tests=("$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark "${processes[@]}" \
         tests/kernels tests/test_hrnn.py tests/train/test_options.py tests/test_cli.py)
-    stage small 90 "$PYTHON" -m lopt.bench.gpu small
+    stage small 150 "$PYTHON" -m lopt.bench.gpu small
     stage tests-cuda 120 "${tests[@]}" -k 'not triton'
+    stage tests-triton 240 "${tests[@]}" -k triton
+}
+
+sanitize() {
     SANITIZER=$(sanitizer | head -n 1)
-    if [ -n "$SANITIZER" ]; then
-        sanitize memcheck 60 cuda --tool memcheck --report-api-errors no
-        for tool in racecheck synccheck initcheck; do
-            sanitize "$tool" 45 cuda --tool "$tool"
-        done
-    else
+    if [ -z "$SANITIZER" ]; then
         printf '%-13s left out: there is no compute-sanitizer\n' sanitizer | tee -a "$STAGES"
+        return
     fi
-    stage tests-triton 150 "${tests[@]}" -k triton
-    [ -z "$SANITIZER" ] || sanitize memcheck-tr 60 triton --tool memcheck --report-api-errors no
-    [ -z "$SANITIZER" ] || sanitize racecheck-tr 60 triton --tool racecheck
+    sanitized memcheck 120 cuda --tool memcheck --report-api-errors no
+    for tool in racecheck synccheck initcheck; do
+        sanitized "$tool" 90 cuda --tool "$tool"
+    done
+    stage small-triton 90 "$PYTHON" -m lopt.bench.gpu small --backend triton # compiles what the next two take
+    sanitized memcheck-tr 90 triton --tool memcheck --report-api-errors no
+    sanitized racecheck-tr 90 triton --tool racecheck
 }
 
 measure() {
@@ -129,11 +134,11 @@ stability() {
     done
 }
 
-[ $# -gt 0 ] || set -- check measure train stability
+[ $# -gt 0 ] || set -- check sanitize measure train stability
 for part in "$@"; do
     case $part in
-    check | measure | train | stability) ;;
-    *) echo "bench/gpu.sh: no part '$part'; there are check, measure, train, stability" >&2 && exit 2 ;;
+    check | sanitize | measure | train | stability) ;;
+    *) echo "bench/gpu.sh: no part '$part'; there are check, sanitize, measure, train, stability" >&2 && exit 2 ;;
     esac
 done
 build

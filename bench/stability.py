@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from lopt.train import TrainError, command, textures
+from lopt.bench.train import named
+from lopt.train import TrainError, command, models, textures
 from lopt.train.arguments import current_device, whole
 from lopt.train.config import Config
 from lopt.train.metrics import COLUMNS, read_metrics
@@ -99,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     cases = [case for case in scale.cases if args.models is None or case.model in args.models]
     if not cases:
         raise ValueError(f"--models {args.models[0]}: there are {', '.join(case.model for case in scale.cases)}")
+    for case in cases:
+        models.build(named(case.model), scale.images.classes, 3, case.image_size)  # raises before anything is drawn
     images = args.out / "images-{}x{}-{}-{}".format(*scale.images)
     if not images.exists():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             try:
                 code = train(case, images, device, scale.options, args, rivals)
-            except TrainError as error:
+            except (TrainError, ImportError) as error:
                 print(f"{case.model}: {error}", flush=True)
                 failed.append(case.model)
                 continue
@@ -133,7 +136,7 @@ def train(
         given += ["--device", args.device] if args.device else []
     else:
         steps = args.steps or case.steps
-        given = ["--data", images, "--model", case.model, "--out", folder, "--device", device, *options]
+        given = ["--data", images, "--model", named(case.model), "--out", folder, "--device", device, *options]
         given += ["--image-size", case.image_size, "--batch-size", case.batch_size, "--steps", steps]
         given += ["--schedule", "constant", "--eval-every", max(1, steps // 10), "--log-every", max(1, steps // 500)]
     given += ["--meta", args.meta] if args.meta else []

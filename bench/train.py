@@ -32,7 +32,12 @@ from lopt.train.optimizers import OPTIMIZERS
 from lopt.train.precision import DTYPES
 
 IMAGE_SIZES = {"resnet50": 224, "preresnet50": 224, "inceptionv3": 299}
-TIMM_NAMES = {"resnet50": "timm:resnet50", "preresnet50": "timm:resnetv2_50", "inceptionv3": "timm:inception_v3"}
+TIMM_NAMES = {
+    "resnet50": "timm:resnet50",
+    "preresnet18": "timm:resnetv2_18",
+    "preresnet50": "timm:resnetv2_50",
+    "inceptionv3": "timm:inception_v3",
+}
 TURN = 0.5  # seconds, about
 WARM_UP = 3  # steps
 SPEED, SHARE, MEMORY = "img/s", "optimizer share", "B"  # units of the rows
@@ -53,6 +58,11 @@ class Running(NamedTuple):
     training: Training
     batches: Batches
     peak: int | None
+
+
+def named(model: str) -> str:
+    """A model for `lopt train`: pytorchcv's or, where that is not installed, timm's."""
+    return TIMM_NAMES.get(model, model) if importlib.util.find_spec("pytorchcv") is None else model
 
 
 def contenders(device: torch.device, reference: bool, amp: str | None) -> list[Contender]:
@@ -78,7 +88,7 @@ def configure(model: str, contender: Contender, device: torch.device, args: argp
     """The Config of a contender; endless, for its steps are taken one by one."""
     choice, data = OPTIMIZERS[contender.optimizer], Synthetic()
     return Config(
-        model=model if importlib.util.find_spec("pytorchcv") else TIMM_NAMES[model],
+        model=named(model),
         data=data.name,
         optimizer=contender.optimizer,
         lr=choice.lr,

@@ -73,7 +73,6 @@ class _Listed(NamedTuple):
     fan_in: list[int]  # T, of the whole tensors where these are shards
     devices: list[torch.device]  # T
     orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter
-    matrices: int  # parameters of two or more dimensions that require a gradient, in this step or not
 
 
 class _Plan(NamedTuple):
@@ -208,7 +207,7 @@ class HRNN(Optimizer):
         self.nonfinite = nonfinite
         self.state_format = state_format
         self.backend = backend
-        self._skipped = _no_steps()
+        self._skipped: dict[torch.device, Tensor] = {}
         self._captured: dict[int, _Plan] = {}
         self._prepare()
         super().__init__(params, options)
@@ -228,7 +227,7 @@ class HRNN(Optimizer):
         self._listed: _Listed | None = None
         self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
         self._metas: dict[torch.device, MetaParams] = {}  # the meta-parameters there, one vector, as operators take it
-        self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
+        self._known: tuple[bool, list[Tensor]] | None = None  # is a parameter a DTensor; the matrices; of the last step
 
     @staticmethod
     def memory(
@@ -270,7 +269,7 @@ class HRNN(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because of a non-finite gradient, since this object was made."""
-        return int(self._skipped)
+        return sum(map(int, self._skipped.values()))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters with options of their own, as `torch.optim.Optimizer.add_param_group` does.
@@ -283,7 +282,7 @@ class HRNN(Optimizer):
                 raise ValueError(f"{misplaced[0]} is of the whole optimizer, not of a group: pass it to HRNN")
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._sharded, self._listed = None, None
+        self._known, self._listed = None, None
         self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
@@ -306,7 +305,7 @@ class HRNN(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_skipped", _no_steps())
+        self.__dict__.setdefault("_skipped", {})
         self.__dict__.setdefault("_captured", {})
         self.__dict__.setdefault("_given", (self.meta, False))
         self._prepare()
@@ -386,7 +385,9 @@ class HRNN(Optimizer):
         if row is None:
             return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
         dtype = row.dtype(self.state_format)
-        value = torch.as_tensor(value).detach().to(device=param.device, dtype=dtype, copy=True)
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value, device=param.device)
+        value = value.detach().to(device=param.device, dtype=dtype, copy=True)
         if row.per != "parameter":  # a tensor of its parameter's shape may have been sharded for it
             return value.full_tensor() if distributed.is_dtensor(value) else value
         outer = 0 if row.size(self.config) is None else 1
@@ -443,9 +444,8 @@ class HRNN(Optimizer):
         grads: list[Tensor] = []
         groups: list[Group] = []
         has_complex, shards = False, None
-        if self._sharded is None:
-            self._sharded = distributed.any_sharded([param for group in self.param_groups for param in group["params"]])
-        if self._sharded:
+        sharded, matrices = self._known or self._look()
+        if sharded:
             shards = self._agree(found_inf, grad_scale)
             groups = self._init_shards(shards, tensors, grads)
             shards, found_inf = shards.nonempty(), shards.skip
@@ -459,7 +459,7 @@ class HRNN(Optimizer):
         if not groups:
             return loss
         listed = self._list(tensors, None if shards is None else shards.params)
-        rates = _rates(groups, listed.fan_in, listed.matrices)
+        rates = _rates(groups, listed.fan_in, sum(param.requires_grad for param in matrices))
         columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
@@ -481,8 +481,16 @@ class HRNN(Optimizer):
                 )
         # On the CPU a look costs less than an addition.
         if not skip.is_cpu or torch.compiler.is_compiling() or skip:
-            self._skipped = self._skipped.to(skip.device).add_(skip)
+            self._skipped[skip.device].add_(skip)
         return loss
+
+    def _look(self) -> tuple[bool, list[Tensor]]:
+        """Whether a parameter is a DTensor, and those of two or more dimensions."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        known = distributed.any_sharded(params), [param for param in params if param.dim() > 1]
+        if not torch.compiler.is_compiling():  # which cannot set attributes of an optimizer before PyTorch 2.12
+            self._known = known
+        return known
 
     def _list(self, tensors: list[Tensor], whole: Sequence[Tensor] | None) -> _Listed:
         """What `_init_group` has listed, by kind; the same objects as in the last step if that had the same tensors.
@@ -501,12 +509,18 @@ class HRNN(Optimizer):
                 [math.prod(param.shape[1:]) for param in whole or params],
                 [param.device for param in params],
                 [(hidden.shape[1:], hidden.stride()[1:]) for hidden in columns["hidden"]],
-                sum(
-                    param.dim() > 1 and param.requires_grad for group in self.param_groups for param in group["params"]
-                ),
             )
-            self._listed = None if compiling else listed
+            if not compiling:
+                self._listed = listed
+                self._share(columns.get("global_hidden", ()))
         return listed
+
+    def _share(self, used: Sequence[Tensor]) -> None:
+        """Have all parameters of a device share a step's global state, as those moved one by one do no longer."""
+        of_device = {hidden.device: hidden for hidden in reversed(used)}
+        for state in self.state.values():
+            if (hidden := state.get("global_hidden")) is not None:
+                state["global_hidden"] = of_device.get(hidden.device, hidden)
 
     def _init_group(self, group: Group, tensors: list[Tensor], grads: list[Tensor]) -> bool:
         """List the tensors of a group that take part in a step, making their state at the first sight of them.
@@ -533,6 +547,8 @@ class HRNN(Optimizer):
             numel, hidden = param.numel(), state["hidden"]
             if numel == 0:
                 continue
+            if grad.is_neg():  # kernels read memory, where the sign is another
+                grad = grad.resolve_neg()
             if hidden.stride() != (numel, *param.stride()) or hidden.device != param.device:
                 has_complex |= param.is_complex()
                 self._fit_state(real(param), state)
@@ -547,6 +563,8 @@ class HRNN(Optimizer):
                 f"optimizes floating and complex tensors: leave it out"
             )
         self._check_readable(param)
+        if math.log(init_lr) < self.config.log_lr_min:  # it was changed in the group
+            self._bound()
         if _capturing(param.device):
             raise _unprepared()
         log_lr = min(max(math.log(init_lr), self.config.log_lr_min), self.config.log_lr_max)
@@ -566,6 +584,11 @@ class HRNN(Optimizer):
             raise TypeError(
                 f"a parameter of shape {tuple(param.shape)} is a {type(param).__name__}, which is made of other "
                 f"tensors, and kernels cannot read it: pass backend='reference'"
+            )
+        if param.is_neg():
+            raise TypeError(
+                f"a parameter of shape {tuple(param.shape)} is a view that negates what is in memory, which kernels "
+                f"read: make it of its resolve_neg()"
             )
 
     def _fit_state(self, param: Tensor, state: dict[str, Tensor]) -> None:
@@ -747,6 +770,7 @@ class HRNN(Optimizer):
         like: dict[str, Any] = {"dtype": torch.float32, "device": device}
         if device not in self._metas:
             self._metas[device] = MetaParams.from_flat(self.config, self.meta.to(**like).flat())
+        self._skipped.setdefault(device, torch.zeros((), **like))
         updates = [torch.empty(sum(sizes), **like) for _ in range(1 + self.config.attention)]
         return _Plan(
             backend=backend,
@@ -781,11 +805,6 @@ class HRNN(Optimizer):
                     )
 
 
-def _no_steps() -> Tensor:
-    """A count of steps, [] on the CPU; it moves to where steps are taken."""
-    return torch.zeros((), dtype=torch.float32, device="cpu")
-
-
 def _capturing(device: torch.device) -> bool:
     """Whether what is launched on a device goes into a CUDA graph."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
@@ -813,16 +832,19 @@ def shortening(fan_in: int, matrices: int, base_fan_in: float | None, base_depth
 
 def _rates(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> list[float | Tensor]:
     """Factor of the learned step of each tensor: its group's lr, less for a wide tensor or one among many."""
-    products: dict[tuple[int, float], float | Tensor] = {}
+    products: dict[tuple[int, float], Tensor] = {}
     rates: list[float | Tensor] = []
     for group, inputs in zip(groups, fan_in, strict=True):
         lr = group["lr"]
         factor = shortening(inputs, matrices, group["base_fan_in"], group["base_depth"])
         if factor < 1:
-            key = (id(lr), factor)
-            if key not in products:  # of a tensor: one launch for each of a few widths
-                products[key] = lr * factor
-            lr = products[key]
+            if isinstance(lr, Tensor):  # one launch for each of a few widths
+                key = (id(lr), factor)
+                if key not in products:
+                    products[key] = lr * factor
+                lr = products[key]
+            else:
+                lr = lr * factor
         rates.append(lr)
     return rates
 

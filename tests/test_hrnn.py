@@ -900,7 +900,8 @@ def test_mixed_dtypes_step_together_as_they_would_in_float32(place):
     for param, same in zip(mixed, plain, strict=True):
         assert param.dtype == param.grad.dtype
         atol = 1e-6 if param.dtype == torch.float64 else 0
-        torch.testing.assert_close(param.float(), same.to(param.dtype).float(), rtol=0, atol=atol)
+        rtol = 2**-22 if place.backend == "triton" else 0  # it may round a product and a sum once or twice
+        torch.testing.assert_close(param.float(), same.to(param.dtype).float(), rtol=rtol, atol=atol)
         assert_same(optimizers[0].state[param], optimizers[1].state[same])
 
 
@@ -1648,7 +1649,133 @@ def test_nonfinite_raise_leaves_overflows_to_the_gradscaler(place):
     assert optimizer.skipped_steps == 1
 
 
+def test_gradients_that_negate_what_is_in_memory_are_read_with_their_sign(place):
+    """As autograd makes them for real parts of a conjugate."""
+    (plain,), (lazy,) = place.params(()), place.params(())
+    negated = torch.complex(torch.zeros(()), plain.grad.cpu()).conj().imag.to(place.device)
+    assert negated.is_neg() or place.device != "cpu"
+    plain.grad = -plain.grad
+    lazy.grad = negated
+    for param in (plain, lazy):
+        place.hrnn([param]).step()
+    assert torch.equal(plain, lazy)
+
+
+def test_a_parameter_that_negates_what_is_in_memory_is_refused():
+    param = nn.Parameter(torch.complex(torch.ones(2), torch.ones(2)).conj().imag)
+    assert param.is_neg()
+    param.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="make it of its resolve_neg"):
+        HRNN([param]).step()
+
+
+def test_freezing_what_had_no_gradient_counts_at_once_and_resumes_exactly(place):
+    def run(resume: bool) -> dict[str, Tensor]:
+        params = place.params((3, 2), (2, 2), (2, 3))
+        params[2].grad = None
+        optimizer = place.hrnn(params, base_depth=1)
+        optimizer.step()
+        params[2].requires_grad_(False)
+        if resume:
+            saved, optimizer = optimizer.state_dict(), place.hrnn(params, base_depth=1)
+            optimizer.load_state_dict(saved)
+        give_gradients(params[:2], 1)
+        optimizer.step()
+        return content(optimizer)
+
+    assert_same(run(False), run(True))
+
+
+def test_state_that_was_moved_away_and_back_one_by_one_shares_its_global_state_again(place):
+    runs = []
+    for moved in (False, True):
+        params = place.params((3,), (2,), (4,))
+        optimizer = place.hrnn(params)
+        optimizer.step()
+        if moved:
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    state[name] = value.clone()
+        for step in range(1, 5):
+            give_gradients(params, step)
+            params[step % 3].grad = None
+            optimizer.step()
+        runs.append(content(optimizer))
+        assert len({id(state["global_hidden"]) for state in optimizer.state.values()}) == 1
+    assert_same(*runs)
+
+
+def test_an_init_lr_that_is_edited_in_its_group_is_where_rates_start(place):
+    (param,) = place.params((3,))
+    optimizer = HRNN([param], backend=place.backend, base_depth=None)
+    assert optimizer.config.log_lr_min > math.log(1e-5)
+    optimizer.param_groups[0]["init_lr"] = 1e-5
+    optimizer.step()
+    assert optimizer.state[param]["log_lr"].exp().max() < 1e-4
+
+
+def test_a_state_is_loaded_whatever_the_default_device_is(place):
+    optimizer = place.hrnn(place.params((3,)))
+    optimizer.step()
+    saved, other = optimizer.state_dict(), place.hrnn(place.params((3,)))
+    with torch.device("meta"):
+        other.load_state_dict(saved)
+    assert_same(content(optimizer), {**content(other), "0.param": content(optimizer)["0.param"]})
+
+
 # torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["first", "load", "freeze", "add"])
+def test_a_compiled_step_follows_what_changes(change):
+    def build() -> tuple[list[nn.Parameter], HRNN]:
+        params = Place("reference", "cpu").params((3, 2), (3,))
+        return params, HRNN(params, fused=None)  # the backend is chosen while it is traced
+
+    (params, compiled), (twins, plain) = build(), build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.compile imports parts of torch that warn of themselves
+        step = torch.compile(compiled.step, backend="eager")
+        for index in range(3):
+            if index == (0 if change == "first" else 1):
+                torch.compiler.reset()
+            for own, optimizer in ((params, compiled), (twins, plain)):
+                give_gradients(own, index)
+                if index == 1 and change == "load":
+                    optimizer.load_state_dict(optimizer.state_dict())
+                if index == 1 and change == "add":
+                    own.append(nn.Parameter(torch.ones(2)))
+                    own[-1].grad = torch.ones(2)
+                    optimizer.add_param_group({"params": own[-1:]})
+                if index == 1 and change == "freeze":
+                    own[0].requires_grad_(False)
+                if index and change == "freeze":
+                    own[0].grad = None
+            step()
+            plain.step()
+    assert_same(content(plain), content(compiled))
+
+
+@pytest.mark.slow
+def test_a_number_that_a_scheduler_changes_is_compiled_twice_at_most():
+    params = Place("reference", "cpu").params((50, 2), (3,))  # shorter steps of one of them
+    optimizer, graphs = HRNN(params), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    optimizer.step()
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        step = torch.compile(optimizer.step, backend=count)
+        for index in range(8):
+            give_gradients(params, index)
+            step()
+            scheduler.step()
+    assert len(graphs) <= 2  # the second for a number that is not constant
 
 
 @pytest.mark.slow

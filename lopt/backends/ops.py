@@ -80,7 +80,8 @@ def summarise(backend: str, meta: MetaParams, *args: Any, **kwargs: Any) -> None
 def apply(backend: str, meta: MetaParams, *args: Any, lr: Sequence[float | Tensor] | Tensor, **kwargs: Any) -> None:
     """Stage 3 as one operator; see `lopt.backends.reference.apply`."""
     like = kwargs["skip"]
-    rates = [rate.reshape(()).to(like) if isinstance(rate, Tensor) else like.new_tensor(rate) for rate in lr]
+    # A number is added, for one that a tensor is made of would be a constant of the graph.
+    rates = [rate.reshape(()).to(like) if isinstance(rate, Tensor) else torch.zeros_like(like) + rate for rate in lr]
     torch.ops.lopt.hrnn_apply(backend, meta.config_text, meta.flat(), *args, lr=torch.stack(rates), **kwargs)
 
 

@@ -43,7 +43,7 @@ LARGEST_LEVEL = 1024  # hidden units
 OLDEST = (3, 6)  # version of Triton
 
 
-def absent() -> str | None:
+def _absent() -> str | None:
     """Why the kernels cannot be imported, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install lopt[triton]"
@@ -55,10 +55,13 @@ def absent() -> str | None:
     return None
 
 
+ABSENT = _absent()  # found out once: torch.compile, which traces `unusable`, cannot trace how
+
+
 def unusable() -> str | None:
     """Why this backend cannot run on this machine, or None."""
-    if reason := absent():
-        return reason
+    if ABSENT:
+        return ABSENT
     if interpreted():
         return None
     if not torch.cuda.is_available():

@@ -82,12 +82,12 @@ def version(module: str) -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version(module).split(".")[:2])
 
 
-TRITON = triton.absent() is None
+TRITON = triton.ABSENT is None
 OLD = TRITON and version("triton") < (3, 7) and version("numpy") >= (2, 4)  # loops need int(np.array([1]))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-@pytest.mark.skipif(not TRITON, reason=str(triton.absent()))
+@pytest.mark.skipif(not TRITON, reason=str(triton.ABSENT))
 @pytest.mark.skipif(OLD, reason="the interpreter of triton before 3.7 does not work with numpy 2.4 or later")
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["test_hrnn.py", "test_hrnn_meta.py"])
@@ -386,7 +386,9 @@ def test_compact_state_has_the_codes_of_the_reference(target, config, beyond, mo
         difference = (ours[name].int() - right[name].int()).abs()
         assert difference.max() <= (furthest if name == "hidden" else 4), name
         assert (difference > 0).float().mean() <= 0.05, name
-    torch.testing.assert_close(ours["accum"].float(), right["accum"].float(), rtol=8e-3, atol=1e-6)
+    # 16 codes of a hidden state move what an average forgets by up to 16 / 32767 of what there is of it.
+    atol = 1e-6 if furthest == 4 else 4e-3
+    torch.testing.assert_close(ours["accum"].float(), right["accum"].float(), rtol=8e-3, atol=atol)
     torch.testing.assert_close(ours["log_lr"], right["log_lr"], rtol=1e-6, atol=1e-6)
 
 

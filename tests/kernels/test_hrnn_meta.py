@@ -391,7 +391,10 @@ def test_meta_training_uses_it(target):
 @pytest.mark.parametrize("batch", [(), (70,)], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_step_agrees_with_the_reference_on_a_gpu(target, name, batch):
-    """In float32, whose rounding moves the derivatives by up to 1e-5 of themselves; 1e-4 where terms cancel."""
+    """In float32, whose rounding moves the derivatives by up to 1e-5 of themselves; 1e-4 where terms cancel.
+
+    With damping a rise may round away, and its derivative with it: that of one in ten thousand values of many rows.
+    """
     config, segments = CONFIGS[name], Segments(SIZES["large"], target.device)
     results = []
     for advance, dtype in ((target.advance, torch.float32), (reference.advance_flat, torch.float64)):
@@ -402,8 +405,9 @@ def test_one_step_agrees_with_the_reference_on_a_gpu(target, name, batch):
     ours, exact = results
     assert ours.keys() == exact.keys()
     worst = {key: distance(ours[key], value) for key, value in exact.items()}
-    assert max(worst.values()) < 1e-4, worst
-    assert sorted(worst.values())[len(worst) // 2] < 2e-6, worst
+    most, usual = (5e-3, 1e-5) if config.damping else (1e-4, 2e-6)
+    assert max(worst.values()) < most, worst
+    assert sorted(worst.values())[len(worst) // 2] < usual, worst
 
 
 @gpu_test
