@@ -256,7 +256,7 @@ static py::dict gpu_layout() {
   LOPT_FIELD(decay) LOPT_FIELD(decay_bias) LOPT_FIELD(log_lr) LOPT_FIELD(log_lr_bias) LOPT_FIELD(momentum)
   LOPT_FIELD(log_lr_min) LOPT_FIELD(log_lr_min_steps) LOPT_FIELD(log_lr_min_distance) LOPT_FIELD(log_lr_max)
   LOPT_FIELD(log2_step_offset)
-  LOPT_FIELD(attention_factor) LOPT_FIELD(ms_eps) LOPT_FIELD(rms_eps)
+  LOPT_FIELD(attention_factor) LOPT_FIELD(ms_eps) LOPT_FIELD(rms_eps) LOPT_FIELD(moves_unseen)
 #undef LOPT_FIELD
   py::dict layout;
   layout["advance"] = advance;

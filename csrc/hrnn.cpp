@@ -102,6 +102,7 @@ Meta pack(const Config& config, Find find, const void* context) {
   w.attention_factor = std::exp(-scalar("log_step.offset"));
   w.ms_eps = config.ms_eps;
   w.rms_eps = config.rms_eps;
+  w.moves_unseen = config.damping > 0 ? 0 : 1;
 
   const auto inject = [&](const std::string& name, int inputs) {
     if (!inputs) return std::vector<float>();

@@ -62,7 +62,10 @@ struct Weights {
   Real log2_step_offset;     // binary logarithm of what the step is longer than the learning rate by
   Real attention_factor;     // how much longer the attention step is than the step
   Real ms_eps, rms_eps;
+  Real moves_unseen;         // 1: a parameter without any gradient up to now moves too; 0: it stays
 };
+
+constexpr float kSeen = 1e30f;  // one over the least scaled average that counts as a gradient
 
 // What differs from tensor to tensor.
 template <class Real>
@@ -212,8 +215,9 @@ struct Step {
   // Candidate, new state and what is read out of it: direction, log lr and update.
   LOPT_HD void state() {
     LOPT_LOOP for (int i = 2 * kHidden; i < 3 * kHidden; i++) power[i] = bounded_exp2(power[i]);
-    Number direction = 0, attention = 0, log_step = log_lr + w.log_lr_bias;
+    Number direction = 0, attention = 0, log_step = log_lr + w.log_lr_bias, largest = 0;
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) {
+      largest = M::max(largest, M::max(feature(kScaled + s), Number(0) - feature(kScaled + s)));
       direction = M::fma(feature(kScaled + s), w.direction_shortcut[s], direction);
       if constexpr (V::attention) attention = M::fma(feature(kScaled + s), w.attention_shortcut[s], attention);
     }
@@ -228,7 +232,8 @@ struct Step {
     log_step = M::min(M::max(log_step, tensor.lowest), w.log_lr_max);
     const Number fall = log_lr - log_step;
     io.put_log_lr(M::min(M::fma(w.momentum, fall, log_step), M::fma(tensor.rising_momentum, fall, log_step)));
-    const Number step = M::exp2(M::fma(log_step, kLog2E, w.log2_step_offset));
+    const Number moves = M::min(M::fma(largest, kSeen, w.moves_unseen), 1);
+    const Number step = moves * M::exp2(M::fma(log_step, kLog2E, w.log2_step_offset));
     io.put_update(direction, step * direction);
     if constexpr (V::attention) io.put_attention(attention, step * attention * w.attention_factor);
   }

@@ -52,6 +52,7 @@ SHORTCUT = tl.constexpr(700)  # [2, TIMESCALES] direction, attention
 # Biases of grad decay, scale decay, log lr; momentum; log2 of the step's offset, attention factor, ms eps, rms eps;
 # log lr min, log lr max; of the compact format what a step of the hidden state is, and how many steps 1 is.
 SCALARS = tl.constexpr(708)
+SEEN = tl.constexpr(1e30)  # one over the least scaled average that counts as a gradient
 WEIGHTS = tl.constexpr(720)
 
 # What the parameters of a tensor share, float32 [tensors, SHARED], written by `prepare`.
@@ -709,6 +710,11 @@ def advance_tile(
     log_lr = tl.minimum(momentum * fall + log_step, tl.load(shared + RISING_MOMENTUM) * fall + log_step)
     tl.store(tensor[5] + start + offset, log_lr, mask=mask)
     step = exp2(log_step * 1.4426950408889634 + offset2)
+    if DAMPED:  # what has had no gradient up to now stays
+        largest = tl.abs(features[0])
+        for s in tl.static_range(1, TIMESCALES):
+            largest = tl.maximum(largest, tl.abs(features[s]))
+        step = step * tl.minimum(largest * SEEN, 1.0)
     tl.store(update + start + offset, step * direction, mask=mask)
 
     for i in tl.static_range(COUNT - HIDDEN):

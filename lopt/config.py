@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 DIRECTION_EPS = 1e-16  # inside the root that normalises a direction by its root mean square over the tensor
 GRADIENT_LIMIT = 1e18  # a larger gradient counts as non-finite: its mean square would overflow float32
+SEEN = 1e30  # one over the least scaled gradient average that counts as a gradient, with damping
 FIXED_GRAD_DECAY = 0.89  # decay of the shortest gradient average when it is not learned
 FIXED_SCALE_DECAY = 0.93  # decay of the mean squares when it is not learned
 EXTREME_LOG_LR = math.log(1e-6)  # below this the extreme indicator falls
@@ -54,7 +55,8 @@ class HRNNConfig:
         damping: a tensor whose gradient's root mean square is below this share of its own moving average takes steps
             shorter in proportion, and its learning rates rise slower by the same factor. A direction has the same
             length however small the gradient is, and what is learned of past gradients fades in tens of steps: where a
-            loss has almost vanished, damping is what keeps it there. 0: none, as in the paper.
+            loss has almost vanished, damping is what keeps it there. A parameter that has had no gradient but 0 stays:
+            without damping it would follow the direction of its tensor's other parameters. 0: none, as in the paper.
         damping_decay: of that moving average.
         init_lr_range: meta-training draws initial learning rates log-uniformly around this range.
         global_input: what the global GRU reads of the tensors' new states: their "mean" (the paper), or the "last"

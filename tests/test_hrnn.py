@@ -1649,6 +1649,36 @@ def test_nonfinite_raise_leaves_overflows_to_the_gradscaler(place):
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.parametrize("state_format", ["float32", "compact"])
+def test_what_has_had_no_gradient_stays_and_goes_from_its_first_one_on(place, state_format):
+    """As the rows of an embedding that never come, its padding, inputs that are always 0 and masked gradients."""
+    (param,) = place.params((6, 3))
+    start, mask = param.detach().clone(), torch.ones(6, 1, device=place.device)
+    mask[:3] = 0
+    optimizer = HRNN([param], backend=place.backend, state_format=state_format)
+    for step in range(6):
+        give_gradients([param], step)
+        param.grad *= mask
+        optimizer.step()
+    assert torch.equal(param[:3], start[:3])
+    assert (param[3:] != start[3:]).all()
+    for step in (6, 7):
+        before = param.detach().clone()
+        give_gradients([param], step)
+        if step == 7:
+            param.grad *= mask
+        optimizer.step()
+        assert (param != before).all()  # in the second of averages of past gradients
+
+
+def test_the_papers_rule_moves_what_has_had_no_gradient(place):
+    (param,) = place.params((2, 3))
+    start = param.detach().clone()
+    param.grad[0] = 0
+    place.hrnn([param]).step()
+    assert (param != start).all()
+
+
 def test_gradients_that_negate_what_is_in_memory_are_read_with_their_sign(place):
     """As autograd makes them for real parts of a conjugate."""
     (plain,), (lazy,) = place.params(()), place.params(())

@@ -31,8 +31,6 @@ SIBLINGS = ("optim", "optim.test_lrscheduler", "optim.test_optim", "optim.test_s
 SKIPPED = {
     "test_complex_2d": "a tensor of complex numbers is one tensor, its real and imaginary parts are two: their means "
     "differ, and with them what the tensor and global GRUs see",
-    "test_step_is_noop_for_zero_grads": "the direction is normalised over its tensor: it does not vanish with the "
-    "gradient",
     "test_fused_large_tensor": "2^32 float16 parameters need 76 bytes of state each, 304 GiB",
     "test_state_dict_with_cuda_params": "`step` is always on its parameter's device, where it is counted without a "
     "host synchronisation",

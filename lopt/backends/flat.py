@@ -253,13 +253,16 @@ class _Slowed(torch.autograd.Function):
 
 
 def _damped(new: Advanced, config: HRNNConfig, segments: Segments, grad: Tensor, state: FlatState) -> Advanced:
-    """What damping changes of a step: log lrs rise slower, and there is a sum more."""
+    """What damping changes of a step: log lrs rise slower, what has had no gradient stays, and there is a sum more."""
     assert new.log_lr is not None and state.log_lr is not None and state.damping is not None
     column = reference.sums_columns(config).log_lr
     log_lr = _Slowed.apply(state.log_lr, new.log_lr, state.damping[..., FACTOR], segments)
     own = segments.sum(torch.stack([log_lr, grad.square()], -2)).mT
     sums = torch.cat([new.sums[..., :column], own[..., :1], new.sums[..., column + 1 :], own[..., 1:]], -1)
-    return new._replace(log_lr=log_lr, sums=sums)
+    seen = (new.accum.detach() != 0).any(-2)
+    update = torch.where(seen, new.update, 0.0)
+    attention = None if new.attention_update is None else torch.where(seen, new.attention_update, 0.0)
+    return new._replace(log_lr=log_lr, update=update, attention_update=attention, sums=sums)
 
 
 def read_decays(meta: Meta, config: HRNNConfig, hidden: Tensor) -> tuple[Tensor, Tensor]:

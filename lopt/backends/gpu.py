@@ -159,6 +159,7 @@ class Scaled:
             "log2_step_offset": offset * LOG2_E,
             "attention_factor": torch.exp(-offset),
             **{name: self.zeros(()) + getattr(config, name) for name in constants},
+            "moves_unseen": self.zeros(()) + (0 if config.damping else 1),
         }
 
 

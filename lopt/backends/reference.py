@@ -30,6 +30,7 @@ from lopt.config import (
     FIXED_GRAD_DECAY,
     FIXED_SCALE_DECAY,
     GRADIENT_LIMIT,
+    SEEN,
     SHORTCUT_LOG_LR,
     HRNNConfig,
 )
@@ -421,6 +422,10 @@ def advance_flat(
         update = torch.exp(log_step + meta["log_step.offset"][..., None]) * update
         if attention_update is not None:
             attention_update = torch.exp(log_step) * attention_update
+    if config.damping:  # what has had no gradient up to now stays
+        moves = (scaled.detach().abs().amax(-2) * SEEN).clamp(max=1.0)
+        update = moves * update
+        attention_update = None if attention_update is None else moves * attention_update
     rows = [hidden, x, squares[0][..., None, :], (zeros if log_lr is None else log_lr)[..., None, :]]
     rows += [square[..., None, :] for square in squares[1:]]
     rows += [grad.square()[..., None, :]] if config.damping else []

@@ -27,6 +27,7 @@ from lopt.metaparams import MetaParams
 from lopt.train.checkpoint import write_atomic
 
 VERSION = 1  # of all that decides a result and is in no key: raise it when networks, optimizers or measures change
+RULE = 2  # of HRNN, likewise: part of the digest of its meta-parameters
 POINTS = 100  # of a stored curve
 FLOOR = 1e-4  # of a loss relative to the start: what is below counts as solved
 LOCKSTEP = 24  # trainings at once: more need memory beyond the caches
@@ -83,8 +84,8 @@ def bounded_log(loss: float, start: float) -> float:
 
 
 def digest(meta: MetaParams) -> str:
-    """Of meta-parameters and their architecture, in short."""
-    content = meta.flat().detach().cpu().float().numpy().tobytes() + meta.config.to_json().encode()
+    """Of meta-parameters, their architecture and the rule that they are for, in short."""
+    content = bytes([RULE]) + meta.flat().detach().cpu().float().numpy().tobytes() + meta.config.to_json().encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -466,6 +466,7 @@ def test_triton_that_is_too_old_or_cannot_compile_says_so(monkeypatch):
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     for found, reason in (("3.3.1", "triton 3.3.1 is older than 3.6"), ("3.6.0", None), ("3.10.0+git1234", None)):
         monkeypatch.setattr(triton.importlib.metadata, "version", lambda _, found=found: found)
+        monkeypatch.setattr(triton, "ABSENT", triton._absent())
         assert (triton.unusable() or "").startswith(reason or "") and (triton.unusable() is None) == (reason is None)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
