@@ -519,7 +519,7 @@ class HRNN(Optimizer):
         """Have all parameters of a device share a step's global state, as those moved one by one do no longer."""
         of_device = {hidden.device: hidden for hidden in reversed(used)}
         for state in self.state.values():
-            if (hidden := state.get("global_hidden")) is not None:
+            if isinstance(state, dict) and (hidden := state.get("global_hidden")) is not None:
                 state["global_hidden"] = of_device.get(hidden.device, hidden)
 
     def _init_group(self, group: Group, tensors: list[Tensor], grads: list[Tensor]) -> bool:
