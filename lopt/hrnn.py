@@ -73,6 +73,7 @@ class _Listed(NamedTuple):
     fan_in: list[int]  # T, of the whole tensors where these are shards
     devices: list[torch.device]  # T
     orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter
+    matrices: list[Tensor]  # all parameters of two or more dimensions, in this step or not
 
 
 class _Plan(NamedTuple):
@@ -227,7 +228,7 @@ class HRNN(Optimizer):
         self._listed: _Listed | None = None
         self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
         self._metas: dict[torch.device, MetaParams] = {}  # the meta-parameters there, one vector, as operators take it
-        self._known: tuple[bool, list[Tensor]] | None = None  # is a parameter a DTensor; the matrices; of the last step
+        self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
 
     @staticmethod
     def memory(
@@ -282,7 +283,7 @@ class HRNN(Optimizer):
                 raise ValueError(f"{misplaced[0]} is of the whole optimizer, not of a group: pass it to HRNN")
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._known, self._listed = None, None
+        self._sharded, self._listed = None, None
         self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
@@ -305,7 +306,10 @@ class HRNN(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_skipped", {})
+        counts = self.__dict__.get("_skipped", {})
+        self._skipped = {}
+        for count in counts.values() if isinstance(counts, dict) else (counts,):  # they may have been loaded elsewhere
+            self._skipped[count.device] = count + self._skipped.get(count.device, 0)
         self.__dict__.setdefault("_captured", {})
         self.__dict__.setdefault("_given", (self.meta, False))
         self._prepare()
@@ -444,7 +448,11 @@ class HRNN(Optimizer):
         grads: list[Tensor] = []
         groups: list[Group] = []
         has_complex, shards = False, None
-        sharded, matrices = self._known or self._look()
+        sharded = self._sharded
+        if sharded is None:
+            sharded = distributed.any_sharded([param for group in self.param_groups for param in group["params"]])
+            if not torch.compiler.is_compiling():  # which cannot set attributes of an optimizer before PyTorch 2.12
+                self._sharded = sharded
         if sharded:
             shards = self._agree(found_inf, grad_scale)
             groups = self._init_shards(shards, tensors, grads)
@@ -459,7 +467,7 @@ class HRNN(Optimizer):
         if not groups:
             return loss
         listed = self._list(tensors, None if shards is None else shards.params)
-        rates = _rates(groups, listed.fan_in, sum(param.requires_grad for param in matrices))
+        rates = _rates(groups, listed.fan_in, sum(param.requires_grad for param in listed.matrices))
         columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
@@ -484,14 +492,6 @@ class HRNN(Optimizer):
             self._skipped[skip.device].add_(skip)
         return loss
 
-    def _look(self) -> tuple[bool, list[Tensor]]:
-        """Whether a parameter is a DTensor, and those of two or more dimensions."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        known = distributed.any_sharded(params), [param for param in params if param.dim() > 1]
-        if not torch.compiler.is_compiling():  # which cannot set attributes of an optimizer before PyTorch 2.12
-            self._known = known
-        return known
-
     def _list(self, tensors: list[Tensor], whole: Sequence[Tensor] | None) -> _Listed:
         """What `_init_group` has listed, by kind; the same objects as in the last step if that had the same tensors.
 
@@ -509,6 +509,7 @@ class HRNN(Optimizer):
                 [math.prod(param.shape[1:]) for param in whole or params],
                 [param.device for param in params],
                 [(hidden.shape[1:], hidden.stride()[1:]) for hidden in columns["hidden"]],
+                [param for group in self.param_groups for param in group["params"] if param.dim() > 1],
             )
             if not compiling:
                 self._listed = listed
@@ -580,7 +581,9 @@ class HRNN(Optimizer):
 
     def _check_readable(self, param: Tensor) -> None:
         """Raise if kernels, which read memory, would be given a tensor that has none of its own."""
-        if is_traceable_wrapper_subclass(param) and self.backend != "reference" and self.defaults["fused"] is not False:
+        if self.backend == "reference" or self.defaults["fused"] is False:
+            return
+        if is_traceable_wrapper_subclass(param):
             raise TypeError(
                 f"a parameter of shape {tuple(param.shape)} is a {type(param).__name__}, which is made of other "
                 f"tensors, and kernels cannot read it: pass backend='reference'"

@@ -1328,6 +1328,37 @@ def test_a_copy_has_every_public_attribute():
     assert public(optimizer) == public(copy.deepcopy(optimizer))
 
 
+def test_skipped_steps_are_counted_on_from_a_pickle_of_another_version_or_device(place):
+    optimizer = place.hrnn(place.params((3,)))
+    optimizer.param_groups[0]["params"][0].grad[0] = math.nan
+    optimizer.step()
+    for counts in (torch.tensor(2.0), {torch.device("cuda"): torch.tensor(2.0)}, {}):  # loaded with map_location
+        state = {**optimizer.__getstate__(), "_skipped": counts}
+        other = HRNN.__new__(HRNN)
+        other.__setstate__(state)
+        other.step()
+        assert other.skipped_steps == (3 if counts != {} else 1)
+
+
+def test_matrices_that_left_their_group_no_longer_count(place):
+    pruned, fresh = place.params(*[(3, 3)] * 6), place.params(*[(3, 3)] * 6)[:1]
+    optimizer, alone = place.hrnn(pruned, base_depth=1), place.hrnn(fresh, base_depth=1)
+    optimizer.param_groups[0]["lr"] = 0.0  # that of the first step
+    alone.param_groups[0]["lr"] = 0.0
+    for own, given in ((optimizer, pruned), (alone, fresh)):
+        own.step()
+        own.param_groups[0]["params"] = given[:1]
+        own.param_groups[0]["lr"] = 1.0
+    assert optimizer.state[pruned[0]].keys() == alone.state[fresh[0]].keys()
+    for name, value in alone.state[fresh[0]].items():  # the global state has seen more tensors
+        optimizer.state[pruned[0]][name] = value.clone()
+    for param in (pruned[0], fresh[0]):
+        give_gradients([param], 1)
+    optimizer.step()
+    alone.step()
+    assert torch.equal(pruned[0], fresh[0])
+
+
 def test_a_pickle_of_a_version_with_fewer_options_still_steps(place):
     optimizer = place.hrnn(place.params())
     train(optimizer, 1)

@@ -294,15 +294,15 @@ class _Files:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Files below root, links followed but never in a circle; what is hidden is none's image."""
-    seen = set()
+    """Files below root, links followed but never in a circle or upwards; what is hidden is none's image."""
+    seen = {(status.st_dev, status.st_ino) for status in (above.stat() for above in root.resolve().parents)}
     for folder, folders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
         if (place := (status.st_dev, status.st_ino)) in seen:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
 
 

@@ -120,7 +120,11 @@ class Training:
                 parallel.load_model(self.average.model, state["average"])
                 self.average.updates = state["average_updates"]
             if self.group.rank == 0:
-                self.sums.copy_(state["meter"])
+                meter = state["meter"]
+                if len(meter) == 2:  # of a version that ended a run at a loss that was not finite
+                    images = (state["step"] - state["row_step"]) * self.config.batch_size
+                    meter = torch.tensor([meter[0], images, meter[1]])
+                self.sums.copy_(meter)
             self.step, self.row_step, self.seconds = state["step"], state["row_step"], state["seconds"]
             generators = [(state["rng"], state["rng_cuda"]), *state.get("rng_others", [])]
             if self.group.rank < len(generators):

@@ -139,6 +139,7 @@ def test_links_are_followed_but_not_in_circles_and_what_is_hidden_is_left_out(tr
         (tmp_path / name).write_bytes(source.read_bytes())
     (across / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "deeper" / "circle").symlink_to(across)
+    (across / "up").symlink_to("..")  # where the images of other classes are
     (across / "._hidden.jpg").write_bytes(b"no image")
     (across / ".checkpoints").mkdir()
     (across / ".checkpoints" / "x.jpg").write_bytes(source.read_bytes())

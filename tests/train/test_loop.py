@@ -109,6 +109,19 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_row_too(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_checkpoint_whose_sums_count_no_images_goes_on(
+    data: Digits, tmp_path: Path, assert_same_run: SameRun
+) -> None:
+    train(CONFIG, data, tmp_path / "whole")
+    train(CONFIG, data, tmp_path / "parts", StopAfter(9))
+    state = checkpoint.load(tmp_path / "parts" / "checkpoint.pt")
+    del state["format"]
+    state["meter"] = state["meter"][[0, 2]]
+    checkpoint.save(tmp_path / "parts" / "checkpoint.pt", state)
+    train(CONFIG, data, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_metrics_have_a_row_every_log_and_evaluation_step_of_means_since_the_last(data: Digits, tmp_path: Path) -> None:
     train(replace(CONFIG, log_every=1, eval_every=24), data, tmp_path / "fine")
     train(CONFIG, data, tmp_path / "coarse")
