@@ -171,7 +171,7 @@ def sums_columns(config: HRNNConfig) -> Sums:
     """Where each sum stands: hidden, features, direction^2, log lr, attention direction^2, with damping gradient^2."""
     h0, d = config.hidden_size, config.num_features
     attention = h0 + d + 2 if config.attention else None
-    count = h0 + d + (3 if config.attention else 2)  # torch.compile before PyTorch 2.12 cannot add truths
+    count = h0 + d + (3 if config.attention else 2)  # torch.compile before PyTorch 2.12 cannot add bools
     grad = count if config.damping else None
     return Sums(
         slice(0, h0), slice(h0, h0 + d), h0 + d, h0 + d + 1, attention, grad, count + (1 if config.damping else 0)

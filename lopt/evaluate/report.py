@@ -194,20 +194,18 @@ def _summary(evaluation: Evaluation, part: Part, entrants: list[Entrant], adam: 
         lines.append(f"| {entrant.label} | {' | '.join(cells)} | {accuracy} | {100 * share:.0f} % | {diverged} |")
     ours = [evaluation.label(label) for label in evaluation.weights]
     figures.scores(folder / f"scores-{part.stem}.png", intervals, "tuned Adam", ours)
-    lines += [_edges(part, entrants), f"\n![Losses relative to tuned Adam](scores-{part.stem}.png)\n"]
+    lines += [_edges(evaluation, part), f"\n![Losses relative to tuned Adam](scores-{part.stem}.png)\n"]
     return "\n".join(lines)
 
 
-def _edges(part: Part, entrants: list[Entrant]) -> str:
+def _edges(evaluation: Evaluation, part: Part) -> str:
     """Where a tuned baseline might have wanted another rate than those it was given."""
     ends = []
     for name in part.optimizers:
-        rates = suites.choices(part, name)
-        for entrant in entrants:
-            own = {setting for setting in entrant.settings.values() if setting.optimizer == name}
-            if len(rates) > 1 and entrant.label.endswith(f"best of {len(rates)}") and own:
-                count = sum(setting.lr in (rates[0], rates[-1]) for setting in entrant.settings.values())
-                ends.append(f"{OPTIMIZERS[name].label} {count}")
+        rates, tuned = suites.choices(part, name), _tuned(evaluation, part, name)
+        if len(rates) > 1 and tuned is not None:
+            count = sum(setting.lr in (rates[0], rates[-1]) for setting in tuned.settings.values())
+            ends.append(f"{OPTIMIZERS[name].label} {count}")
     return f"\nTasks where the best rate is the lowest or highest of them: {', '.join(ends)}." if ends else ""
 
 

@@ -17,7 +17,7 @@ from lopt.state import FORMATS
 from lopt.train import TrainError, models, parallel
 from lopt.train.arguments import checked_device, decay, not_negative, positive, share, whole
 from lopt.train.config import HRNN_ONLY, Config
-from lopt.train.data import NAMED, Data, ImageFolder, open_data
+from lopt.train.data import NAMED, Data, open_data
 from lopt.train.group import announced
 from lopt.train.loop import Training
 from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
@@ -197,7 +197,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         eval_every=args.eval_every or per_epoch,
         train_images=data.train_count,
         classes=data.classes,
-        train_digest=data.digest if isinstance(data, ImageFolder) else None,
+        train_digest=data.digest,
         init_lr=args.init_lr,
         min_lr=args.min_lr,
         meta=str(Path(meta).resolve()) if meta and Path(meta).is_file() else meta,
@@ -251,8 +251,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             f"data {config.data!r} has {data.train_count} training images in {data.classes} classes, but the run in "
             f"{str(args.resume)!r} began with {config.train_images} in {config.classes}: restore it, or start anew"
         )
-    digest = data.digest if isinstance(data, ImageFolder) else None
-    if config.train_digest not in (None, digest):
+    if config.train_digest not in (None, data.digest):
         raise TrainError(
             f"the training images of data {config.data!r} have other names or classes than those with which the run in "
             f"{str(args.resume)!r} began: restore them, or start anew"
