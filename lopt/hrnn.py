@@ -202,6 +202,7 @@ class HRNN(Optimizer):
         }
         _check_group(options)
         self.meta = MetaParams.resolve(meta)
+        options["meta_digest"] = self.meta.digest
         if min_lr is not None:
             self.meta = _bounded(self.meta, min_lr, steps=0.0, distance=0.0)
         self._given = self.meta, min_lr is not None
@@ -316,6 +317,7 @@ class HRNN(Optimizer):
         for options in (self.defaults, *self.param_groups):
             for name, default in OPTIONS.items():
                 options.setdefault(name, self.defaults.get(name, default))
+            options.setdefault("meta_digest", self.meta.digest)
         self._bound()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,8 +326,8 @@ class HRNN(Optimizer):
         The state stays float32, or compact, whatever the parameters' dtype is.
 
         Raises:
-            ValueError: the groups do not match, or are another optimizer's, or a state has another architecture or
-                shape; nothing is changed then.
+            ValueError: the groups do not match, or are another optimizer's or of other meta-parameters, or a state has
+                another architecture or shape; nothing is changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
@@ -345,6 +347,7 @@ class HRNN(Optimizer):
                 if state := rest.pop(key, None):
                     self._check_loadable(key, param, state)
                     loaded[param] = state
+            self._check_digest(state_dict["param_groups"])
             return {**state_dict, "state": rest}
 
         def put(_: Optimizer) -> None:
@@ -361,6 +364,18 @@ class HRNN(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_digest(self, groups: Sequence[Group]) -> None:
+        """Raise ValueError if groups to load are of other meta-parameters; groups that do not say are taken as own."""
+        own = self.meta.digest
+        if other := [digest for group in groups if (digest := group.get("meta_digest", own)) != own]:
+            theirs, ours = (
+                " or ".join(MetaParams.names_of(int(digest))) or "not shipped ones" for digest in (other[0], own)
+            )
+            raise ValueError(
+                f"the state to load was made with other meta-parameters, {theirs}, than this optimizer's, {ours}, and "
+                f"means nothing to them: pass the same meta to HRNN as then, or do not load it"
+            )
 
     def _check_loadable(self, key: Any, param: Tensor, state: dict[str, Any]) -> None:
         self._check_readable(distributed.local(param))

@@ -6,6 +6,7 @@ The table `MetaParams.shapes(config)` is the one place that lists them. Weights 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import math
 import os
@@ -136,6 +137,12 @@ class MetaParams(Mapping[str, Tensor]):
     def count(self) -> int:
         """Number of scalar meta-parameters: 8,349 for the default configuration."""
         return sum(tensor.numel() for tensor in self._tensors.values())
+
+    @property
+    def digest(self) -> int:
+        """48 bits that tell these numbers, in float32, from others; the configuration is not among them."""
+        numbers = self.flat().detach().cpu().float().numpy().tobytes()
+        return int.from_bytes(hashlib.sha256(numbers).digest()[:6], "big")
 
     @staticmethod
     def shapes(config: HRNNConfig) -> dict[str, tuple[int, ...]]:
@@ -342,6 +349,11 @@ class MetaParams(Mapping[str, Tensor]):
         folder = Path(str(importlib.resources.files("lopt"))) / "weights"
         files = sorted(folder.glob("hrnn-*.safetensors"), key=lambda file: int(file.stem.removeprefix("hrnn-")))
         return {file.stem: file for file in files}
+
+    @classmethod
+    def names_of(cls, digest: int) -> list[str]:
+        """Names of the shipped meta-parameters of a digest: several have the same numbers, with another bound."""
+        return [name for name, file in cls.shipped().items() if cls.load(file).digest == digest]
 
     @classmethod
     def resolve(cls, meta: MetaParams | str | os.PathLike[str] | None) -> MetaParams:

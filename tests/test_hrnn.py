@@ -1207,6 +1207,33 @@ def test_the_groups_of_another_optimizer_are_refused(other):
     assert [group.keys() for group in groups] == [group.keys() for group in optimizer.param_groups]
 
 
+def test_a_state_of_other_meta_parameters_is_refused_and_says_of_which(place):
+    source, target = (place.hrnn(place.params(), meta=name) for name in ("hrnn-9", "hrnn-10"))
+    train(source, 2)
+    train(target, 2)
+    before = content(target)
+    with pytest.raises(ValueError, match=r"meta-parameters, .* or hrnn-9 or .*, than .*, hrnn-10, and"):
+        target.load_state_dict(source.state_dict())
+    assert_same(content(target), before)
+    own = place.hrnn(place.params(), meta=MetaParams.init(target.config, seed=3))
+    with pytest.raises(ValueError, match=r"than this optimizer's, not shipped ones, "):
+        own.load_state_dict(source.state_dict())
+    saved = source.state_dict()
+    del saved["param_groups"][0]["meta_digest"]  # one that does not say
+    target.load_state_dict(saved)
+    assert target.param_groups[0]["meta_digest"] == MetaParams.resolve("hrnn-10").digest
+
+
+def test_a_state_loads_whatever_file_and_bound_its_meta_parameters_have(place, tmp_path):
+    source = place.hrnn(place.params())
+    train(source, 2)
+    source.meta.save(tmp_path / "copy.safetensors")
+    for options in ({"meta": tmp_path / "copy.safetensors"}, {"min_lr": 1e-4}, {"init_lr": 1e-4}):
+        target = place.hrnn(place.params(), **options)
+        target.load_state_dict(through_memory(source.state_dict()))
+        assert target.param_groups[0]["meta_digest"] == source.param_groups[0]["meta_digest"]
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [

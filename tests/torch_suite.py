@@ -83,6 +83,7 @@ def entries() -> list[OptimizerInfo]:
             "base_fan_in",
             "base_depth",
             "train_mode",
+            "meta_digest",
         ),
         "has_capturable_arg": True,
     }

@@ -85,8 +85,8 @@ def bounded_log(loss: float, start: float) -> float:
 
 def digest(meta: MetaParams) -> str:
     """Of meta-parameters, their architecture and the rule that they are for, in short."""
-    content = bytes([RULE]) + meta.flat().detach().cpu().float().numpy().tobytes() + meta.config.to_json().encode()
-    return hashlib.sha256(content).hexdigest()[:12]
+    content = f"{RULE} {meta.digest} {meta.config.to_json()}"
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def train(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from lopt.metaparams import DEFAULT
 from lopt.state import FORMATS
 from lopt.train import TrainError, models, parallel
 from lopt.train.arguments import checked_device, decay, not_negative, positive, share, whole
@@ -39,8 +40,8 @@ SMALL_IMAGE = 32  # what images of no size of their own become for a model that 
 ROWS = 400  # in metrics.csv, about, when --log-every does not say
 
 CHANGEABLE = (
-    *("steps", "data", "device", "state_format", "backend", "threads", "workers", "checkpoint_every", "compare"),
-    *("compare_steps", "accumulate", "channels_last", "compile", "parallel"),
+    *("steps", "data", "device", "meta", "state_format", "backend", "threads", "workers", "checkpoint_every"),
+    *("compare", "compare_steps", "accumulate", "channels_last", "compile", "parallel"),
 )  # of a resumed run
 
 
@@ -163,11 +164,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
     default = DEFAULTS.get(name, FOLDER_DEFAULTS)
     optimizer = args.optimizer or "hrnn"
     choice = OPTIMIZERS[optimizer]
-    if optimizer != "hrnn":
-        for option in HRNN_ONLY:
-            if getattr(args, option) is not None:
-                flag = "--" + option.replace("_", "-")
-                raise TrainError(f"{flag} is for --optimizer hrnn, not {optimizer}: leave it out")
+    _check_own(args, optimizer)
     device = checked_device(args.device)
     data = open_data(name)
     model = args.model or default.model
@@ -178,7 +175,6 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         raise TrainError(f"--batch-size {batch_size} exceeds the {data.train_count} training images: make it smaller")
     per_epoch = data.train_count // batch_size
     steps = args.steps or (args.epochs or default.epochs) * per_epoch
-    meta = args.meta
     config = Config(
         model=model,
         data=name if name in NAMED else str(Path(name).resolve()),
@@ -200,7 +196,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         train_digest=data.digest,
         init_lr=args.init_lr,
         min_lr=args.min_lr,
-        meta=str(Path(meta).resolve()) if meta and Path(meta).is_file() else meta,
+        meta=_named(args.meta or DEFAULT) if optimizer == "hrnn" else None,
         state_format=args.state_format,
         backend=args.backend,
         checkpoint_every=args.checkpoint_every,
@@ -223,6 +219,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
     if not (args.resume / "config.json").is_file():
         raise TrainError(f"{str(args.resume)!r} holds no run (no config.json): check --resume")
     stored = Config.load(args.resume / "config.json")
+    _check_own(args, stored.optimizer)
     if args.epochs is not None:
         args.steps = args.epochs * (stored.train_images // stored.batch_size)
     changes = {}
@@ -232,8 +229,8 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             given = _rivals(given, stored.optimizer)
         if field == "data" and given is not None and given not in NAMED:
             given = str(Path(given).resolve())
-        if field == "meta" and given is not None and Path(given).is_file():
-            given = str(Path(given).resolve())
+        if field == "meta" and given is not None:
+            given = _named(given)
         if given is None or given == getattr(stored, field):
             continue
         if field not in CHANGEABLE:
@@ -257,6 +254,19 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             f"{str(args.resume)!r} began: restore them, or start anew"
         )
     return config, data
+
+
+def _check_own(args: argparse.Namespace, optimizer: str) -> None:
+    """Raises TrainError for an option of HRNN where another optimizer trains."""
+    for option in HRNN_ONLY if optimizer != "hrnn" else ():
+        if getattr(args, option) is not None:
+            flag = "--" + option.replace("_", "-")
+            raise TrainError(f"{flag} is for --optimizer hrnn, not {optimizer}: leave it out")
+
+
+def _named(meta: str) -> str:
+    """What `--meta` names, whatever the working directory."""
+    return str(Path(meta).resolve()) if Path(meta).is_file() else meta
 
 
 def _rivals(given: list[str] | tuple[str, ...], optimizer: str) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ class Training:
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise TrainError(
                 f"checkpoint {str(path)!r} does not fit model {self.config.model!r} and optimizer "
-                f"{self.config.optimizer!r} ({error}): was config.json changed?"
+                f"{self.config.optimizer!r} ({error}): was config.json changed, or is --meta another one?"
             ) from error
 
     def run(self, folder: Path, stop: StopRequest) -> bool:

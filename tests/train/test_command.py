@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lopt.metaparams import DEFAULT, MetaParams
 from lopt.train import TrainError, checkpoint, command, plots, textures
 from lopt.train.config import Config
 from lopt.train.metrics import read_metrics
@@ -286,6 +287,22 @@ def test_a_run_goes_on_where_its_images_have_moved_to_and_not_with_others(tmp_pa
         first.rename(first.with_name("zzz"))
     with pytest.raises(TrainError, match="have other names or classes than those"):
         run("--resume", tmp_path / "run", "--steps", 6)
+
+
+def test_a_run_goes_on_where_its_meta_parameters_have_moved_to_and_not_with_others(tmp_path: Path) -> None:
+    options = ["--model", "preresnet8", "--batch-size", 16]
+    assert run(*options, "--steps", 2, "--out", tmp_path / "shipped") == 0
+    assert Config.load(tmp_path / "shipped" / "config.json").meta == DEFAULT  # that of a later version may be another
+    MetaParams.resolve("hrnn-9").save(tmp_path / "own.safetensors")
+    assert run(*options, "--steps", 2, "--meta", tmp_path / "own.safetensors", "--out", tmp_path / "run") == 0
+    (tmp_path / "own.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(TrainError, match="own.safetensors' is neither a file nor the name of shipped weights"):
+        run("--resume", tmp_path / "run", "--steps", 4)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(TrainError, match=r"other meta-parameters, .* or hrnn-9 .* or is --meta another one\?"):
+        run("--resume", tmp_path / "run", "--steps", 4, "--meta", "hrnn-10")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert run("--resume", tmp_path / "run", "--steps", 4, "--meta", tmp_path / "moved.safetensors") == 0
 
 
 def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(tmp_path: Path, assert_same_run: SameRun) -> None:
