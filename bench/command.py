@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lopt.bench import meta, stability, step, train
+from lopt.bench import finetune, meta, stability, step, train
 
-BENCHMARKS = {"step": step, "train": train, "stability": stability, "meta": meta}
+BENCHMARKS = {"step": step, "train": train, "stability": stability, "finetune": finetune, "meta": meta}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
