@@ -79,7 +79,7 @@ def test_stability_trains_hrnn_on_all_models_before_the_others_and_goes_on_where
     assert cli.main(options) == 0
     assert order == []
     assert cli.main([*options, "--meta", "hrnn-4"]) == 1
-    assert "--meta hrnn-4 differs from the None of the run" in capsys.readouterr().out
+    assert "was config.json changed, or is --meta another one?" in capsys.readouterr().out
 
 
 def test_stability_tells_of_a_divergence_and_goes_on_with_the_other_models(
