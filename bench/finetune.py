@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     data = read(args.texts, args.classes, args.batch_size)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     transformers.logging.set_verbosity_error()
+    if not (args.model / "config.json").is_file():
+        raise ValueError(f"--model {args.model} is no folder of a transformer (it has no config.json)")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
 
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
         options = {"padding": True, "truncation": True, "max_length": args.length, "return_tensors": "pt"}
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         return {name: values.to(device) for name, values in encoded.items()}
 
     print(f"{len(data.texts):,} texts in {data.classes} classes, {args.steps} steps of {args.batch_size} on {device}")
-    print(f"{'':<16} {f'loss, last {LAST} steps':>20} {'test loss':>10} {'accuracy':>9} {'ms per step':>12}")
+    last = min(LAST, args.steps)
+    print(f"{'':<16} {f'loss, last {last} steps':>20} {'test loss':>10} {'accuracy':>9} {'ms per step':>12}")
     for label, rate in [("HRNN", None), *((f"AdamW, {rate:g}", rate) for rate in args.rates)]:
         results = []
         for seed in range(args.seeds):
@@ -80,9 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def factor(step: int, steps: int) -> float:
+    """Of AdamW's rate: linear to 1 over the first steps, counted from 0, then linear to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+
+
 def read(path: Path, classes: int, batch_size: int) -> Texts:
     """The texts of the most frequent classes, in a fixed random order. Raises ValueError for a file of too few."""
-    lines = [line.split("\t", 1) for line in sorted(set(path.read_text(encoding="utf-8").splitlines()))]
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--texts {path} is not UTF-8 ({error}): convert it") from None
+    lines = [line.split("\t", 1) for line in sorted(set(content.split("\n"))) if line]
     if wrong := [line for line in lines if len(line) < 2]:
         raise ValueError(f"--texts {path}: the line {wrong[0][0][:60]!r} has no tab between a label and a text")
     named = {label: index for index, (label, _) in enumerate(Counter(label for label, _ in lines).most_common(classes))}
@@ -117,8 +130,7 @@ def train(
     for step in range(args.steps):
         at = step * args.batch_size % (len(order) - args.batch_size + 1)
         if rate is not None:
-            warm = min(1.0, (step + 1) / (WARMUP * args.steps))
-            optimizer.param_groups[0]["lr"] = rate * warm * (1 - step / args.steps)
+            optimizer.param_groups[0]["lr"] = rate * factor(step, args.steps)
         optimizer.zero_grad()
         loss = model(**batch(order[at : at + args.batch_size].tolist())).loss
         loss.backward()
@@ -127,11 +139,13 @@ def train(
     last = torch.stack(losses[-LAST:]).mean().item()
     seconds = (time.perf_counter() - begin) / args.steps
     model.eval()
+    getattr(optimizer, "eval", lambda: None)()  # of HRNN with attention
     total, right = 0.0, 0
     with torch.no_grad():
         for first in range(0, TEST, 100):
-            inputs = batch(range(first, first + 100))
+            indices = range(first, min(first + 100, TEST))
+            inputs = batch(indices)
             out = model(**inputs)
-            total += 100 * out.loss.item()
+            total += len(indices) * out.loss.item()
             right += int((out.logits.argmax(-1) == inputs["labels"]).sum())
     return last, total / TEST, right / TEST, seconds

@@ -41,6 +41,7 @@ EXTRAS = {  # module -> (what pip calls it, extra of lopt that brings it)
     "timm": ("timm", "models"),
     "torchvision": ("torchvision", "models"),
     "tqdm": ("tqdm", "train"),
+    "transformers": ("transformers", "frameworks"),
     "triton": ("triton", "triton"),
 }
 

@@ -288,6 +288,7 @@ class HRNN(Optimizer):
         self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
+        group["meta_digest"] = self.defaults["meta_digest"]  # it may be a group of another optimizer
         first = sorted({param: index for index, param in reversed(list(enumerate(group["params"])))}.values())
         for key in group.keys() & {"params", "param_names"}:
             group[key] = [group[key][index] for index in first]
@@ -347,7 +348,8 @@ class HRNN(Optimizer):
                 if state := rest.pop(key, None):
                     self._check_loadable(key, param, state)
                     loaded[param] = state
-            self._check_digest(state_dict["param_groups"])
+            if loaded:
+                self._check_digest(state_dict["param_groups"])
             return {**state_dict, "state": rest}
 
         def put(_: Optimizer) -> None:
@@ -366,16 +368,22 @@ class HRNN(Optimizer):
                 hook.remove()
 
     def _check_digest(self, groups: Sequence[Group]) -> None:
-        """Raise ValueError if groups to load are of other meta-parameters; groups that do not say are taken as own."""
-        own = self.meta.digest
-        if other := [digest for group in groups if (digest := group.get("meta_digest", own)) != own]:
-            theirs, ours = (
-                " or ".join(MetaParams.names_of(int(digest))) or "not shipped ones" for digest in (other[0], own)
-            )
+        """Raise ValueError if groups to load are of other meta-parameters; warn of groups that do not say."""
+        own, said = self.defaults["meta_digest"], [group.get("meta_digest") for group in groups]
+        other = [int(digest) for digest in said if digest is not None and int(digest) != own]
+        if not other and None not in said:
+            return
+        theirs, ours = (" or ".join(MetaParams.names_of(one)) or "not shipped ones" for one in ((*other, own)[0], own))
+        if other:
             raise ValueError(
                 f"the state to load was made with other meta-parameters, {theirs}, than this optimizer's, {ours}, and "
                 f"means nothing to them: pass the same meta to HRNN as then, or do not load it"
             )
+        warnings.warn(
+            f"the state to load does not say with which meta-parameters it was made and is taken for one of this "
+            f"optimizer's, {ours}; earlier versions of lopt had other defaults. If it is of others, pass them as meta",
+            stacklevel=2,
+        )
 
     def _check_loadable(self, key: Any, param: Tensor, state: dict[str, Any]) -> None:
         self._check_readable(distributed.local(param))

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lopt import hub
 from lopt.config import HRNNConfig
@@ -141,7 +142,8 @@ class MetaParams(Mapping[str, Tensor]):
     @property
     def digest(self) -> int:
         """48 bits that tell these numbers, in float32, from others; the configuration is not among them."""
-        numbers = self.flat().detach().cpu().float().numpy().tobytes()
+        with _disable_current_modes():  # under FakeTensorMode, say, these are real numbers
+            numbers = self.flat().detach().cpu().float().numpy().tobytes()
         return int.from_bytes(hashlib.sha256(numbers).digest()[:6], "big")
 
     @staticmethod

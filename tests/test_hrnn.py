@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -1219,9 +1220,24 @@ def test_a_state_of_other_meta_parameters_is_refused_and_says_of_which(place):
     with pytest.raises(ValueError, match=r"than this optimizer's, not shipped ones, "):
         own.load_state_dict(source.state_dict())
     saved = source.state_dict()
-    del saved["param_groups"][0]["meta_digest"]  # one that does not say
-    target.load_state_dict(saved)
+    del saved["param_groups"][0]["meta_digest"]
+    with pytest.warns(UserWarning, match="does not say with which meta-parameters .* this optimizer's, hrnn-10;"):
+        target.load_state_dict(saved)
     assert target.param_groups[0]["meta_digest"] == MetaParams.resolve("hrnn-10").digest
+
+
+def test_groups_and_empty_states_of_other_meta_parameters_are_no_obstacle(place):
+    source = place.hrnn(place.params(), meta="hrnn-9")
+    target = HRNN(source.param_groups, meta="hrnn-10", backend=place.backend)
+    assert target.param_groups[0]["meta_digest"] == MetaParams.resolve("hrnn-10").digest
+    target.load_state_dict(source.state_dict())  # before the first step
+
+
+def test_an_optimizer_is_made_under_a_fake_tensor_mode():
+    meta = MetaParams.resolve("hrnn-10")
+    with FakeTensorMode():
+        optimizer = HRNN([nn.Parameter(torch.zeros(3, 4))], meta=meta)
+    assert optimizer.param_groups[0]["meta_digest"] == meta.digest
 
 
 def test_a_state_loads_whatever_file_and_bound_its_meta_parameters_have(place, tmp_path):

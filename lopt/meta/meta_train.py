@@ -34,7 +34,7 @@ from torch import Tensor
 from lopt.config import HRNNConfig
 from lopt.interop.tf1 import RMSProp
 from lopt.meta import validate
-from lopt.meta.estimators import Estimate
+from lopt.meta.estimators import Estimate, chosen
 from lopt.meta.recipe import ESTIMATORS, Recipe, Stage
 from lopt.meta.tasks import Random, Task
 from lopt.meta.unroll import World
@@ -119,7 +119,8 @@ class MetaTraining:
         group: processes that share the work, all with the same other arguments.
 
     Raises:
-        TrainError: a stage's rows cannot be shared out equally to the processes, or `start` has another architecture.
+        TrainError: a stage's rows cannot be shared out equally to the processes, the architecture has none of what a
+            stage is restricted to, or `start` is of another one.
     """
 
     def __init__(
@@ -138,6 +139,10 @@ class MetaTraining:
                     f"{stage.rows} rows of stage {stage.name!r} ({stage.estimator}) cannot be shared out equally to "
                     f"{group.size} processes: choose another --nproc-per-node"
                 )
+            try:
+                chosen(recipe.config, stage.only)
+            except ValueError as error:
+                raise TrainError(f"stage {stage.name!r}: {error}") from None
         if start is not None:
             _check_start(start.config, recipe.config)
         self.generator = torch.Generator(self.device).manual_seed(seed)

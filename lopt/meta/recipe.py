@@ -384,8 +384,8 @@ REFINE_STAGE = Stage(
     objective=Objective(floor=1e-3, cap=2.0),
 )
 
-# What a parameter's hidden state is read by: decays, direction, learning rate.
-READOUTS = ("scale_decay.*", "grad_decay.*", "direction.*", "log_lr.*", "log_step.*")
+# What a parameter's hidden state is read by in every architecture: decays, direction, learning rate.
+READOUTS = ("*_decay.*", "direction.*", "log_lr.*", "log_step.*")
 
 DEFAULT = Recipe(
     config=SHIPPED_CONFIG,
@@ -424,10 +424,10 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-10`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-12`.
 REFINE = Recipe(config=SHIPPED_CONFIG, minutes=60, validate_every=150, stages=(REFINE_STAGE,))
 
-# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-10`. On the parameter level's 800
+# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-12`. On the parameter level's 749
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=SHIPPED_CONFIG,

@@ -6,14 +6,14 @@ import argparse
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lopt.metaparams import DEFAULT
+from lopt.metaparams import DEFAULT, MetaParams
 from lopt.state import FORMATS
 from lopt.train import TrainError, models, parallel
 from lopt.train.arguments import checked_device, decay, not_negative, positive, share, whole
@@ -164,7 +164,8 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
     default = DEFAULTS.get(name, FOLDER_DEFAULTS)
     optimizer = args.optimizer or "hrnn"
     choice = OPTIMIZERS[optimizer]
-    _check_own(args, optimizer)
+    rivals = _rivals(args.compare or (), optimizer)
+    _check_own(args, optimizer, rivals)
     device = checked_device(args.device)
     data = open_data(name)
     model = args.model or default.model
@@ -196,11 +197,11 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         train_digest=data.digest,
         init_lr=args.init_lr,
         min_lr=args.min_lr,
-        meta=_named(args.meta or DEFAULT) if optimizer == "hrnn" else None,
+        meta=_named(args.meta or DEFAULT) if _has_hrnn(optimizer, rivals) else None,
         state_format=args.state_format,
         backend=args.backend,
         checkpoint_every=args.checkpoint_every,
-        compare=_rivals(args.compare or (), optimizer),
+        compare=rivals,
         compare_steps=args.compare_steps,
         label_smoothing=args.label_smoothing or 0.0,
         ema=args.ema,
@@ -219,7 +220,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
     if not (args.resume / "config.json").is_file():
         raise TrainError(f"{str(args.resume)!r} holds no run (no config.json): check --resume")
     stored = Config.load(args.resume / "config.json")
-    _check_own(args, stored.optimizer)
+    _check_own(args, stored.optimizer, args.compare or stored.compare)
     if args.epochs is not None:
         args.steps = args.epochs * (stored.train_images // stored.batch_size)
     changes = {}
@@ -241,6 +242,13 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             )
         changes[field] = given
     config = replace(stored, **changes)
+    if config.meta is None and _has_hrnn(config.optimizer, config.compare):
+        if _has_hrnn(stored.optimizer, stored.compare):
+            raise TrainError(
+                f"the run in {str(args.resume)!r} does not say with which meta-parameters it began, and the default "
+                f"may have been another: give --meta, hrnn-10 say"
+            )
+        config = replace(config, meta=DEFAULT)
     config = replace(config, device=checked_device(config.device))
     data = open_data(config.data)
     if (data.train_count, data.classes) != (config.train_images, config.classes):
@@ -256,17 +264,22 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
     return config, data
 
 
-def _check_own(args: argparse.Namespace, optimizer: str) -> None:
-    """Raises TrainError for an option of HRNN where another optimizer trains."""
+def _has_hrnn(optimizer: str, rivals: Sequence[str]) -> bool:
+    """Whether HRNN is the optimizer of a run or of one that it is compared with."""
+    return "hrnn" in (optimizer, *(rival.partition(":")[0] for rival in rivals))
+
+
+def _check_own(args: argparse.Namespace, optimizer: str, rivals: Sequence[str]) -> None:
+    """Raises TrainError for an option of HRNN where another optimizer trains; of them a rival takes `--meta` alone."""
     for option in HRNN_ONLY if optimizer != "hrnn" else ():
-        if getattr(args, option) is not None:
+        if getattr(args, option) is not None and not (option == "meta" and _has_hrnn(optimizer, rivals)):
             flag = "--" + option.replace("_", "-")
             raise TrainError(f"{flag} is for --optimizer hrnn, not {optimizer}: leave it out")
 
 
 def _named(meta: str) -> str:
     """What `--meta` names, whatever the working directory."""
-    return str(Path(meta).resolve()) if Path(meta).is_file() else meta
+    return str(Path(meta).resolve()) if meta not in MetaParams.shipped() and Path(meta).is_file() else meta
 
 
 def _rivals(given: list[str] | tuple[str, ...], optimizer: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 from lopt import HRNN, HRNNConfig, MetaParams, cli
 from lopt.meta import meta_train, validate
 from lopt.meta import recipe as recipes
+from lopt.meta.estimators import chosen
 from lopt.meta.meta_train import COLUMNS, MetaTraining, TFRMSProp
 from lopt.meta.recipe import Recipe, Stage
 from lopt.meta.tasks import Task, networks, paper
@@ -370,6 +371,23 @@ def test_a_variant_changes_the_architecture_alone_and_trains(name):
     for _ in range(8):
         assert training.meta_step().loss < 5
     assert training.flat.isfinite().all() and not torch.equal(before, training.flat)
+
+
+@pytest.mark.parametrize("name", recipes.VARIANTS)
+def test_what_a_stage_is_restricted_to_is_there_in_every_architecture(name):
+    for recipe in recipes.RECIPES.values():
+        config = recipes.varied(recipe, [name]).config
+        for stage in recipe.stages:
+            assert chosen(config, stage.only or ["*"]).any()
+            for pattern in stage.only:
+                chosen(config, [pattern])  # raises for one without a match
+
+
+def test_a_restriction_that_nothing_meets_is_told_before_the_first_stage():
+    recipe = tiny()
+    stages = (recipe.stages[0], dataclasses.replace(recipe.stages[1], only=("level9.*",)))
+    with pytest.raises(TrainError, match=r"stage '\w+': only='level9\.\*': no meta-parameter has this name"):
+        MetaTraining(dataclasses.replace(recipe, stages=stages), 0)
 
 
 def test_variants_combine():

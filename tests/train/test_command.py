@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,19 @@ def test_a_run_goes_on_where_its_meta_parameters_have_moved_to_and_not_with_othe
         run("--resume", tmp_path / "run", "--steps", 4, "--meta", "hrnn-10")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     assert run("--resume", tmp_path / "run", "--steps", 4, "--meta", tmp_path / "moved.safetensors") == 0
+
+
+def test_a_run_says_which_meta_parameters_its_rival_has_and_one_that_does_not_say_needs_them(tmp_path: Path) -> None:
+    options = ["--model", "preresnet8", "--batch-size", 16, "--optimizer", "adamw", "--steps", 2]
+    assert run(*options, "--compare", "hrnn", "sgd", "--out", tmp_path / "run") == 0
+    configs = {name: Config.load(tmp_path / "run" / name / "config.json") for name in (".", "hrnn", "sgd")}
+    assert {name: config.meta for name, config in configs.items()} == {".": DEFAULT, "hrnn": DEFAULT, "sgd": None}
+    replace(configs["."], meta=None).save(tmp_path / "run" / "config.json")
+    with pytest.raises(TrainError, match="does not say with which meta-parameters it began, .*: give --meta"):
+        run("--resume", tmp_path / "run", "--steps", 4)
+    with pytest.raises(TrainError, match="--init-lr is for --optimizer hrnn, not adamw"):
+        run("--resume", tmp_path / "run", "--steps", 4, "--init-lr", 0.1)
+    assert run("--resume", tmp_path / "run", "--steps", 4, "--meta", DEFAULT) == 0
 
 
 def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(tmp_path: Path, assert_same_run: SameRun) -> None:
