@@ -22,7 +22,7 @@ from torch import Tensor
 from lopt import HRNN
 from lopt.train.arguments import current_device, positive, whole
 
-RATES = (5e-5, 1e-4, 2e-4, 5e-4)
+RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 TEST = 1000  # texts held back
 WARMUP = 0.1
 LAST = 50  # steps whose mean loss is shown

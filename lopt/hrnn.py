@@ -369,21 +369,21 @@ class HRNN(Optimizer):
 
     def _check_digest(self, groups: Sequence[Group]) -> None:
         """Raise ValueError if groups to load are of other meta-parameters; warn of groups that do not say."""
-        own, said = self.defaults["meta_digest"], [group.get("meta_digest") for group in groups]
-        other = [int(digest) for digest in said if digest is not None and int(digest) != own]
-        if not other and None not in said:
-            return
-        theirs, ours = (" or ".join(MetaParams.names_of(one)) or "not shipped ones" for one in ((*other, own)[0], own))
-        if other:
-            raise ValueError(
-                f"the state to load was made with other meta-parameters, {theirs}, than this optimizer's, {ours}, and "
-                f"means nothing to them: pass the same meta to HRNN as then, or do not load it"
-            )
-        warnings.warn(
-            f"the state to load does not say with which meta-parameters it was made and is taken for one of this "
-            f"optimizer's, {ours}; earlier versions of lopt had other defaults. If it is of others, pass them as meta",
-            stacklevel=2,
-        )
+        own = self.defaults["meta_digest"]
+        for digest in (group.get("meta_digest") for group in groups):
+            if digest is None:
+                warnings.warn(
+                    f"the state to load does not say with which meta-parameters it was made and is taken for one of "
+                    f"this optimizer's, {MetaParams.known_as(own)}; earlier versions of lopt had other defaults. If it "
+                    f"is of others, pass them as meta",
+                    stacklevel=2,
+                )
+            elif digest != own:
+                raise ValueError(
+                    f"the state to load was made with other meta-parameters, {MetaParams.known_as(digest)}, than this "
+                    f"optimizer's, {MetaParams.known_as(own)}, and means nothing to them: pass the same meta to HRNN "
+                    f"as then, or do not load it"
+                )
 
     def _check_loadable(self, key: Any, param: Tensor, state: dict[str, Any]) -> None:
         self._check_readable(distributed.local(param))

@@ -353,9 +353,10 @@ class MetaParams(Mapping[str, Tensor]):
         return {file.stem: file for file in files}
 
     @classmethod
-    def names_of(cls, digest: int) -> list[str]:
-        """Names of the shipped meta-parameters of a digest: several have the same numbers, with another bound."""
-        return [name for name, file in cls.shipped().items() if cls.load(file).digest == digest]
+    def known_as(cls, digest: int) -> str:
+        """Names of the shipped meta-parameters of a digest, for people: several have the same numbers."""
+        names = [name for name, file in cls.shipped().items() if cls.load(file).digest == digest]
+        return " or ".join(names) or "not shipped ones"
 
     @classmethod
     def resolve(cls, meta: MetaParams | str | os.PathLike[str] | None) -> MetaParams:

@@ -98,8 +98,8 @@ def rival_config(config: Config, rival: str) -> Config:
     name, *numbers = rival.split(":")
     choice = OPTIMIZERS[name]
     if name != config.optimizer:
-        none: dict[str, Any] = dict.fromkeys(set(HRNN_ONLY) - ({"meta"} if name == "hrnn" else set()))
-        config = replace(config, weight_decay=choice.weight_decay, **none)
+        own: dict[str, Any] = dict.fromkeys(HRNN_ONLY) | {"meta": config.meta if name == "hrnn" else None}
+        config = replace(config, weight_decay=choice.weight_decay, **own)
     if len(numbers) > 1:
         config = replace(config, weight_decay=float(numbers[1]))
     return replace(

@@ -378,9 +378,7 @@ def test_what_a_stage_is_restricted_to_is_there_in_every_architecture(name):
     for recipe in recipes.RECIPES.values():
         config = recipes.varied(recipe, [name]).config
         for stage in recipe.stages:
-            assert chosen(config, stage.only or ["*"]).any()
-            for pattern in stage.only:
-                chosen(config, [pattern])  # raises for one without a match
+            assert chosen(config, stage.only or ["*"]).any()  # raises for a name without a match
 
 
 def test_a_restriction_that_nothing_meets_is_told_before_the_first_stage():
