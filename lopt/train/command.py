@@ -18,7 +18,7 @@ from lopt.state import FORMATS
 from lopt.train import TrainError, models, parallel
 from lopt.train.arguments import checked_device, decay, not_negative, positive, share, whole
 from lopt.train.config import HRNN_ONLY, Config
-from lopt.train.data import NAMED, Data, open_data
+from lopt.train.data import CROPS, NAMED, Data, open_data
 from lopt.train.group import announced
 from lopt.train.loop import Training
 from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--data", help="digits (default), synthetic, or a folder with train/ and val/ of class folders")
     what.add_argument("--image-size", type=whole(1), metavar="PIXELS", help="default: what the model is made for")
+    what.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="of a folder's images: resized, a random part (default), or padded, moved a little, for small images",
+    )
     what.add_argument(
         "--batch-size", type=whole(1), metavar="N", help="of a step, on all devices (default: 64 for digits, else 128)"
     )
@@ -167,7 +172,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
     rivals = _rivals(args.compare or (), optimizer)
     _check_own(args, optimizer, rivals)
     device = checked_device(args.device)
-    data = open_data(name)
+    data = open_data(name, args.crop)
     model = args.model or default.model
     _, native, _ = models.build(model, data.classes, data.channels, args.image_size)
     parts = announced() * (args.accumulate or 1)
@@ -195,6 +200,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         train_images=data.train_count,
         classes=data.classes,
         train_digest=data.digest,
+        crop=data.crop,
         init_lr=args.init_lr,
         min_lr=args.min_lr,
         meta=_named(args.meta or DEFAULT) if _has_hrnn(optimizer, rivals) else None,
@@ -250,7 +256,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             )
         config = replace(config, meta=DEFAULT)
     config = replace(config, device=checked_device(config.device))
-    data = open_data(config.data)
+    data = open_data(config.data, config.crop)
     if (data.train_count, data.classes) != (config.train_images, config.classes):
         raise TrainError(
             f"data {config.data!r} has {data.train_count} training images in {data.classes} classes, but the run in "

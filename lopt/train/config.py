@@ -40,6 +40,7 @@ class Config:
     train_images: int
     classes: int
     train_digest: str | None = None  # of the names and classes of the training images, if they are files
+    crop: str | None = None  # of data.CROPS, for a folder of images
     init_lr: float | None = None
     min_lr: float | None = None
     meta: str | None = None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROPS = ("resized", "padded")
 NO_LABEL = -100  # of an image that fills up the last batch of a process; what cross_entropy ignores
 
 Batch = tuple[Tensor, Tensor]
@@ -61,10 +62,15 @@ class Feed:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def open_data(name: str) -> Data:
-    """name: a key of NAMED, or the path of a folder with train/ and val/ folders of class folders. Raises TrainError
-    for a folder that is not such, ImportError for a package that is not installed."""
-    return NAMED[name]() if name in NAMED else ImageFolder(Path(name))
+def open_data(name: str, crop: str | None = None) -> Data:
+    """name: a key of NAMED, or the path of a folder with train/ and val/ folders of class folders; crop: one of CROPS,
+    for a folder alone. Raises TrainError for a folder that is not such and a crop of other data, ImportError for a
+    package that is not installed."""
+    if name not in NAMED:
+        return ImageFolder(Path(name), crop or CROPS[0])
+    if crop is not None:
+        raise TrainError(f"--crop {crop} is for a folder of images, not for {name}: leave it out")
+    return NAMED[name]()
 
 
 def train_parts(count: int, feed: Feed, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -100,7 +106,7 @@ class Digits:
     seed and stratified by class, are the test set. A training image is shifted by up to one pixel each way."""
 
     name = "digits"
-    digest = None  # always the same
+    digest = crop = None  # always the same
     classes = 10
     channels = 1
     image_size = 8
@@ -161,7 +167,7 @@ class Synthetic:
     Every step gets the same images, made once and kept on the device."""
 
     name = "synthetic"
-    digest = None  # always the same
+    digest = crop = None  # always the same
     classes = 1000
     channels = 3
     image_size = None  # any
@@ -196,19 +202,25 @@ class Synthetic:
 class ImageFolder:
     """A folder with train/<class>/<image> and val/<class>/<image> (images may lie deeper), read with PIL.
 
-    Training images: a random crop of 8 to 100 % of the area and aspect 3/4 to 4/3, resized, flipped half of the time.
-    Validation images: the centre 7/8 of the shorter side. Both normalised with ImageNet's mean and deviation.
+    Training images, flipped half of the time, and validation images, by `crop`:
 
-    What is random about an image is drawn from (seed, epoch, index), which transforms that draw from a process-wide
-    generator could not be; the pixels are PIL's, which decodes a JPEG at a fraction of its size where that suffices.
+        resized  a random crop of 8 to 100 % of the area and aspect 3/4 to 4/3 (Szegedy et al. 2015, section 6); the
+                 centre 7/8 of the shorter side
+        padded   the centre square, moved by up to an eighth each way, black where there is nothing (He et al. 2016,
+                 section 4.2, for CIFAR-10); the centre square
+
+    Both are resized and normalised with ImageNet's mean and deviation. What is random about an image is drawn from
+    (seed, epoch, index), which transforms that draw from a process-wide generator could not be; the pixels are PIL's,
+    which decodes a JPEG at a fraction of its size where that suffices.
     """
 
     channels = 3
     image_size = None  # any
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, crop: str = CROPS[0]) -> None:
         importlib.import_module("PIL.Image")  # raises here, not in a worker
         self.name = path.resolve().name
+        self.crop = crop
         if not path.is_dir():
             raise TrainError(
                 f"data {str(path)!r} is neither {' nor '.join(map(repr, NAMED))} nor a folder: check --data"
@@ -249,12 +261,12 @@ class ImageFolder:
     def train_batches(self, feed: Feed, start: int, stop: int) -> Batches:
         """The parts of the steps start..stop-1. Raises TrainError naming a file that cannot be read."""
         keys = ((epoch, indices.tolist()) for epoch, indices in train_parts(self.train_count, feed, start, stop))
-        yield from _load(_Pictures(self._train, feed.image_size, feed.seed, augment=True), keys, feed)
+        yield from _load(_Pictures(self._train, feed.image_size, feed.seed, self.crop, augment=True), keys, feed)
 
     def test_batches(self, feed: Feed) -> Batches:
         """Every validation image once, in order; see `test_parts`. Raises as train_batches does."""
         keys = ((0, indices.tolist()) for indices in test_parts(self.test_count, feed))
-        yield from _load(_Pictures(self._test, feed.image_size, feed.seed, augment=False), keys, feed)
+        yield from _load(_Pictures(self._test, feed.image_size, feed.seed, self.crop, augment=False), keys, feed)
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -327,8 +339,8 @@ class _Pictures(torch.utils.data.Dataset):
     """Whole parts by key (epoch, indices): (images [n, 3, size, size] uint8, labels [n]), or the text of an error. An
     index beyond the files gives some image without a label."""
 
-    def __init__(self, files: _Files, size: int, seed: int, augment: bool) -> None:
-        self.files, self.size, self.seed, self.augment = files, size, seed, augment
+    def __init__(self, files: _Files, size: int, seed: int, crop: str, augment: bool) -> None:
+        self.files, self.size, self.seed, self.crop, self.augment = files, size, seed, crop, augment
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | str:
         from PIL.Image import DecompressionBombError
@@ -353,13 +365,12 @@ class _Pictures(torch.utils.data.Dataset):
 
         with Image.open(path) as image:
             width, height = image.size
-            flip = False
-            if self.augment:
-                rng = np.random.default_rng([self.seed, epoch, index])
+            resized = self.crop == "resized"
+            rng = np.random.default_rng([self.seed, epoch, index])
+            if self.augment and resized:
                 left, top, box_width, box_height = random_crop(rng, width, height)
-                flip = bool(rng.integers(2))
             else:
-                box_width = box_height = 0.875 * min(width, height)
+                box_width = box_height = min(width, height) * (0.875 if resized else 1.0)
                 left, top = (width - box_width) / 2, (height - box_height) / 2
             shrink = max(1, int(min(box_width, box_height) // self.size))
             image.draft("RGB", (width // shrink, height // shrink))  # JPEG decodes at 1/2, 1/4, 1/8 when that suffices
@@ -367,7 +378,9 @@ class _Pictures(torch.utils.data.Dataset):
             box = (left * x, top * y, (left + box_width) * x, (top + box_height) * y)
             whole = _eight_bits(image).convert("RGB")
             pixels = np.array(whole.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
-        return pixels[:, ::-1].copy() if flip else pixels
+        if self.augment and not resized:
+            pixels = moved(rng, pixels)
+        return pixels[:, ::-1].copy() if self.augment and rng.integers(2) else pixels
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -382,9 +395,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
+def moved(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """An image [size, size, channels] moved by up to size / 8 pixels each way, 0 where there is nothing."""
+    size, reach = len(pixels), len(pixels) // 8
+    top, left = rng.integers(2 * reach + 1, size=2)
+    return np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)))[top : top + size, left : left + size]
+
+
 def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
     """(left, top, width, height) of a crop of 8 to 100 % of the area, aspect 3/4 to 4/3; the centre square when ten
-    draws do not fit. Szegedy et al. 2015, section 6."""
+    draws do not fit."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

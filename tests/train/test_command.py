@@ -131,6 +131,7 @@ def test_hrnn_is_the_default_and_its_options_reach_it(tmp_path: Path, capsys: py
         (["--meta", "no_such_weights"], "no_such_weights"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--batch-size", "1438"], "1438 exceeds the 1437"),
+        (["--crop", "padded"], "--crop padded is for a folder of images, not for digits"),
         (["--compare", "hrnn"], "--compare hrnn"),
         (["--resume", "nowhere"], "holds no run"),
     ],
@@ -376,6 +377,19 @@ def test_a_folder_of_images_is_trained_with_workers_and_resumes_bit_for_bit(
     left, right = (read_metrics(tmp_path / name / "metrics.csv")[-1] for name in ("whole", "parts"))
     assert left[:6] == right[:6]
     assert float(left[5]) >= 5 / 6
+
+
+def test_a_run_keeps_its_crop(tmp_path: Path, make_tree: MakeTree) -> None:
+    tree = make_tree(tmp_path / "stripes")
+    options = ["--data", tree, "--model", "preresnet8", "--optimizer", "adamw", "--batch-size", 4, "--image-size", 16]
+    options += ["--workers", 0, "--crop", "padded"]
+    assert run(*options, "--steps", 4, "--schedule", "constant", "--out", tmp_path / "whole") == 0
+    assert run(*options, "--steps", 2, "--schedule", "constant", "--out", tmp_path / "parts") == 0
+    with pytest.raises(TrainError, match="--crop resized differs from the padded"):
+        run("--resume", tmp_path / "parts", "--crop", "resized")
+    assert run("--resume", tmp_path / "parts", "--steps", 4) == 0
+    left, right = (checkpoint.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_data_that_changed_is_noticed_on_resume(tmp_path: Path, make_tree: MakeTree) -> None:

@@ -105,6 +105,31 @@ def test_validation_images_are_the_centre_normalised_as_imagenet(tree: Path) -> 
     assert images[0].std((1, 2)).max() < 1e-5
 
 
+def test_padded_crops_move_the_whole_image_and_flip_it(tree: Path) -> None:
+    files = sorted(tree.glob("*/*/*.jpg"))
+    pixels = np.random.default_rng(0).integers(1, 256, (len(files), 16, 16, 3), np.uint8)
+    for path, image in zip(files, pixels, strict=True):
+        Image.fromarray(image).save(path.with_suffix(".png"))
+        path.unlink()
+    data = ImageFolder(tree, "padded")
+    mean, std = (255 * torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    train, test = torch.from_numpy(pixels).permute(0, 3, 1, 2).split([12, 6])
+    images = torch.cat([images for images, _ in data.test_batches(folder_feed())])
+    assert torch.equal((images * std + mean).round(), test)
+
+    padded = torch.nn.functional.pad(train, (2, 2, 2, 2))
+    moved = torch.stack([padded[..., y : y + 16, x : x + 16] for y in range(5) for x in range(5)])
+    ways = torch.stack([moved, moved.flip(-1)]).flatten(3)  # [flipped, place, image, pixels]
+    seen = torch.cat([images for images, _ in data.train_batches(folder_feed(batch_size=12), 0, 40)])
+    seen = (seen * std + mean).round().to(torch.uint8).flatten(1)
+    matches = (seen[:, None] == ways.flatten(0, 2)).all(2)
+    assert (matches.sum(1) == 1).all()
+    counts = matches.sum(0).view(2, 25, 12)
+    assert (counts.sum((0, 1)) == 40).all()
+    assert counts.sum((0, 2)).min() > 0
+    assert abs(int(counts[0].sum()) - 240) < 5 * 480**0.5 / 2
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
 def test_every_mode_of_image_becomes_three_channels(tree: Path, mode: str) -> None:
     suffix = ".jpg" if mode == "CMYK" else ".png"
