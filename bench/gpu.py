@@ -96,7 +96,7 @@ def failures_named(what: str) -> Iterator[None]:
 
 
 def captured(step: Step) -> Step:
-    """Capture a step that has run before; returns the graph's replay."""
+    """Capture a step that has run before; returns the graph's replay, which keeps alive what the step works on."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -106,7 +106,11 @@ def captured(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(_captured: Step = step) -> None:
+        graph.replay()
+
+    return replay
 
 
 def take_turns(steps: dict[tuple[str, str], Step], rounds: int, n: int, tensors: int, case: str) -> list[Row]:

@@ -54,10 +54,10 @@ def task_steps_per_second(bench: Bench, rounds: int, budget: float) -> list[floa
     """One sample for each turn of all mixes; a first turn warms up.
 
     Args:
-        bench: the stage. rounds: turns. budget: seconds after which no further turn begins.
+        bench: the stage. rounds: turns. budget: seconds of turns after which no further one begins.
     """
     samples: list[float] = []
-    begin = time.perf_counter()
+    spent = 0.0
     for turn in range(rounds + 1):
         started = time.perf_counter()
         for world in bench.worlds:
@@ -67,8 +67,9 @@ def task_steps_per_second(bench: Bench, rounds: int, budget: float) -> list[floa
         ended = time.perf_counter()
         count = sum(len(world.mix) * world.rows for world in bench.worlds) * bench.group.size * bench.steps
         if turn:
+            spent += ended - started
             samples.append(count / (ended - started))
-        if bench.group.any([bool(samples) and ended - begin > budget])[0]:
+        if bench.group.any([spent > budget])[0]:
             break
     return samples
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -70,7 +71,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout's commit, with "+" if it has changes; "unknown" outside of one."""
+    """Short hash of the checkout's commit, with "+" if it has changes. Outside of one, LOPT_COMMIT or "unknown"."""
     try:
         git = ["git", "-C", str(FOLDER)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
@@ -79,7 +80,7 @@ def commit() -> str:
         )
         return name.strip() + ("+" if dirty.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LOPT_COMMIT", "unknown")
 
 
 def today() -> str:

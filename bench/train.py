@@ -163,8 +163,8 @@ def _kernel_says(name: str) -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
-def measure(model: str, device: torch.device, args: argparse.Namespace) -> list[Row]:
-    """Rows of every contender on one model. One that fails is named and left out."""
+def measure(model: str, device: torch.device, args: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """Rows of every contender on one model, and the names of those that failed and are left out."""
     running: dict[str, Running] = {}
     listed = contenders(device, args.reference, args.amp)
     with contextlib.suppress(Exception):  # what libraries keep from their first use on is no contender's
@@ -193,7 +193,7 @@ def measure(model: str, device: torch.device, args: argparse.Namespace) -> list[
         args.channels_last and "channels_last",
         args.compile and "compiled",
     )
-    case = " ".join([f"{model} x{args.batch_size}", *filter(None, options)])
+    case = " ".join([f"{named(model)} x{args.batch_size}", *filter(None, options)])
     rows = []
     for name, (training, _, peak) in running.items():
         speeds, shares = zip(*samples[name], strict=True)
@@ -217,7 +217,7 @@ def measure(model: str, device: torch.device, args: argparse.Namespace) -> list[
             )
             for unit, quantiles_of_unit in values.items()
         ]
-    return rows
+    return rows, [contender.name for contender in listed if contender.name not in running]
 
 
 def table(rows: list[Row]) -> str:
@@ -293,7 +293,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`lopt bench train`: print a table per model, append its rows. Returns 1 if nothing could be measured."""
+    """`lopt bench train`: print a table per model, append its rows. Returns 1 if a contender failed."""
     if unknown := [model for model in args.models if model not in IMAGE_SIZES]:
         raise ValueError(f"no benchmark model {unknown[0]!r}; there are {', '.join(IMAGE_SIZES)}")
     device = current_device(args.device)
@@ -303,16 +303,16 @@ def run(args: argparse.Namespace) -> int:
     args.amp = {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp)
     args.channels_last = on_gpu if args.channels_last is None else args.channels_last
     print(f"{device_name(device)}, torch {torch.__version__}, commit {commit()}")
-    measured = 0
+    failed: list[str] = []
     for model in args.models or IMAGE_SIZES:
         with threads_set(args.threads or torch.get_num_threads()):
-            rows = measure(model, device, args)
+            rows, lost = measure(model, device, args)
         append(rows, path)
-        measured += len(rows)
+        failed += lost
         print(table(rows), flush=True)
         gc.collect()
     print(f"rows appended to {path}")
     if args.plot:
         plot(path, args.plot)
         print(f"plot in {args.plot}")
-    return 0 if measured else 1
+    return 1 if failed else 0

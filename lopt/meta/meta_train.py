@@ -263,7 +263,7 @@ class MetaTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes; complete at process 0 of the group, all of which have to call."""
         own = {mix: world.state_dict() for mix, world in self.worlds.items()}
-        worlds, *others = self.group.to_first(own) or [own]
+        worlds, *others = self.group.to_first(_moved(own, torch.device("cpu"))) or [own]
         return {name: getattr(self, name) for name in CHANGING} | {
             "recipe": self.recipe.text,
             "generator": self.generator.get_state(),

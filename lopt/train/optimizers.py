@@ -37,10 +37,19 @@ def _adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def _sgd(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     # A loss scaler waits for the device before every step of an optimizer that does not unscale for itself, as the
     # fused one does. That one takes no shards.
-    how = {"fused": True} if config.amp == "fp16" and config.parallel != "fsdp" else {"foreach": True}
-    return torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, **how
+    fused = config.amp == "fp16" and config.parallel != "fsdp"
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=config.weight_decay,
+        **{"fused" if fused else "foreach": True},
     )
+    for param in model.parameters() if fused else ():
+        # If the first step overflows, torch's fused one leaves the momentum that it has allocated unset.
+        optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    return optimizer
 
 
 @dataclass(frozen=True)

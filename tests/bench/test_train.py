@@ -52,7 +52,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(
 
     monkeypatch.setitem(OPTIMIZERS, "sgd", dataclasses.replace(OPTIMIZERS["sgd"], make=fail))
     options = [*OPTIONS, "--amp", "bf16", "--image-size", "6", "--out", str(tmp_path / "rows.csv")]
-    assert cli.main(["bench", "train", *options]) == 0
+    assert cli.main(["bench", "train", *options]) == 1
     assert "FAILED sgd foreach on preresnet8: TrainError: optimizer 'sgd': no such momentum" in capsys.readouterr().err
     assert {row.case for row in load(tmp_path / "rows.csv")} == {"preresnet8 x4 6px bf16"}
     assert cli.main(["bench", "train", "lenet"]) == 2

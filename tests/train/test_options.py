@@ -171,6 +171,17 @@ def test_an_overflow_in_fp16_leaves_the_step_out_and_lowers_the_scale(data: Digi
         assert training.precision.scaler.get_scale() == scale / 2
 
 
+def test_momentum_begins_with_the_first_gradient_that_is_finite(data: Digits) -> None:
+    training = Training(replace(CONFIG, amp="fp16", optimizer="sgd"), data)
+    batches = data.train_batches(training.feed, 0, 2)
+    hook = training.parameters[0].register_hook(lambda grad: grad * math.inf)
+    training.take_step(batches)
+    hook.remove()
+    training.take_step(batches)
+    for param in training.parameters:
+        assert torch.equal(training.optimizer.state[param]["momentum_buffer"], param.grad)
+
+
 def test_channels_last_is_the_memory_order_of_images_and_weights_and_changes_only_roundings(
     data: Digits, tmp_path: Path
 ) -> None:
