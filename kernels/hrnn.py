@@ -374,7 +374,7 @@ def prepare(
             LOG_LR_MIN_DISTANCE,
             COMPACT,
         )
-    elif tl.load(skip) == 0:
+    else:
         chunk = program - tensors
         tensor = tl.load(chunks + chunk)
         size = column(table, CHUNK_SIZE, tensors, tensor)

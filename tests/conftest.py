@@ -21,6 +21,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs a CUDA device: torch {torch.__version__} finds none")
 
 
+@pytest.fixture(autouse=True)
+def _kernel_faults_end_here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel's fault reaches the process late and stays: without this, tests that come after would fail of it."""
+    yield
+    if not request.node.get_closest_marker("gpu"):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # pytest-xdist names the test and goes on in another process
+        pytest.exit(f"{request.node.nodeid} has ended the process's CUDA context: {error}", returncode=1)
+
+
 @pytest.fixture(params=native.runnable())
 def isa(request: pytest.FixtureRequest):
     """Every instruction set that runs here, in use while the test is."""
