@@ -63,6 +63,21 @@ class Norm(Linear):
         return ((self.residual(params, data).abs() + EPS) ** self.power).sum(-1) ** (1 / self.power)
 
 
+class Constants:
+    """Tensors of a task, copied once to each device: a copy in every step would wait for it."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+
+    def like(self, other: Tensor) -> tuple[Tensor, ...]:
+        """Them, with the device and the dtype of another tensor."""
+        key = other.device, other.dtype
+        if key not in self._copies:
+            self._copies[key] = tuple(tensor.to(other) for tensor in self._tensors)
+        return self._copies[key]
+
+
 class Bowl(Task):
     """||Ax||^2 / 2 in two dimensions, A = diag(sqrt(condition), 1) times a rotation."""
 
@@ -70,10 +85,11 @@ class Bowl(Task):
 
     def __init__(self, condition: float, angle: float = 0.0) -> None:
         cos, sin, root = math.cos(angle), math.sin(angle), math.sqrt(condition)
-        self.matrix = torch.tensor([[root * cos, -root * sin], [sin, cos]])
+        self.constants = Constants(torch.tensor([[root * cos, -root * sin], [sin, cos]]))
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        return 0.5 * (self.matrix.to(params[0]) @ params[0]).square().sum((-2, -1))
+        (matrix,) = self.constants.like(params[0])
+        return 0.5 * (matrix @ params[0]).square().sum((-2, -1))
 
 
 class Function2D(Task):
@@ -165,13 +181,13 @@ class MatMul(Task):
         self.shapes = ((n * n, k), (n * n, k))
         one_hot = torch.eye(n * n).view(n * n, n, n)
         left, right = one_hot.repeat_interleave(n * n, 0), one_hot.repeat(n * n, 1, 1)
-        self.left, self.right, self.product = (m.reshape(n**4, n * n) for m in (left, right, left @ right))
+        self.constants = Constants(*(m.reshape(n**4, n * n) for m in (left, right, left @ right)))
 
     def start(self, count: int, random: Random, data: Data) -> list[Tensor]:
         return [F.normalize(param, dim=-2) for param in super().start(count, random, data)]
 
     def loss(self, params: Params, data: Data) -> Tensor:
-        left, right, target = (m.to(params[0]) for m in (self.left, self.right, self.product))
+        left, right, target = self.constants.like(params[0])
         p = (left @ params[0]) * (right @ params[1])
         solution = torch.linalg.solve_ex(p.mT @ p, p.mT @ target).result
         return (p @ solution - target).square().sum((-2, -1))
