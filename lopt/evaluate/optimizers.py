@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lopt import HRNN, MetaParams
+from lopt.train.schedules import SCHEDULES
 
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HIGHER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -29,7 +30,7 @@ class Setting:
     Args:
         optimizer: a name of `OPTIMIZERS`.
         lr: of the optimizer; HRNN's is a factor.
-        schedule: "constant", or "cosine" to zero at the end.
+        schedule: a name of `SCHEDULES`.
         weight_decay: decoupled.
         init_lr, base_fan_in, base_depth: HRNN's. loss_scale: the optimizer sees gradients times this.
         weights: digest of HRNN's meta-parameters.
@@ -238,4 +239,4 @@ OPTIMIZERS = {
 
 def factor(setting: Setting, done: float) -> float:
     """What a schedule multiplies lr by, at a share of the steps."""
-    return 0.5 * (1 + math.cos(math.pi * done)) if setting.schedule == "cosine" else 1.0
+    return SCHEDULES[setting.schedule](done)

@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of
     "loss_scale": tuple({"loss_scale": scale} for scale in LOSS_SCALES),
     "weight decay 0.1": ({"weight_decay": 0.1},),
     "cosine schedule": ({"schedule": "cosine"},),
+    "cooldown schedule": ({"schedule": "cooldown"},),
 }
 
 
@@ -124,7 +125,7 @@ SUITES = {
                 tuple(large.TASKS),
                 500,
                 ("adam", "adamw-cosine", "prodigy", "schedule-free"),
-                variants=("cosine schedule",),
+                variants=("cosine schedule", "cooldown schedule"),
             ),
         ),
     ),
@@ -143,7 +144,7 @@ SUITES = {
                 ("softmax", "mlp-relu", "deep-relu", "label-noise", "autoencoder", "diabetes-mlp"),
                 steps,
                 ("adam", "adamw-cosine"),
-                variants=("cosine schedule",),
+                variants=("cosine schedule", "cooldown schedule"),
             )
             for steps in (5_000, 20_000)
         ),

@@ -7,7 +7,8 @@ runs.py        a run and those it is compared with, each in its folder
 loop.py        Config -> a trained model, metrics.csv and checkpoint.pt in a run folder
 data.py        batches as a pure function of (seed, step), so that resuming needs no sampler state
 models.py      models by name
-optimizers.py  optimizers and schedules by name
+optimizers.py  optimizers by name
+schedules.py   schedules of lr by name
 precision.py   bf16 and fp16
 ema.py         averaged weights
 group.py       processes that take decisions together

@@ -21,9 +21,10 @@ from lopt.train.config import HRNN_ONLY, Config
 from lopt.train.data import CROPS, NAMED, Data, open_data
 from lopt.train.group import announced
 from lopt.train.loop import Training
-from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
+from lopt.train.optimizers import OPTIMIZERS
 from lopt.train.precision import DTYPES
 from lopt.train.runs import train_all
+from lopt.train.schedules import COOLDOWN, SCHEDULES
 
 
 class Defaults(NamedTuple):
@@ -83,7 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="decoupled for hrnn and adamw; default: 0 for hrnn, 0.01 for adamw, 0.0005 for sgd",
     )
-    how.add_argument("--schedule", choices=SCHEDULES, help="of lr over the run (default: cosine)")
+    how.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help=f"of lr; cooldown: linear to 0 over the last {COOLDOWN:.0%}%; default: cooldown for hrnn, else cosine",
+    )
     how.add_argument("--label-smoothing", type=share, metavar="S", help="of training (default: 0; often 0.1)")
     how.add_argument(
         "--ema", type=decay, metavar="DECAY", help="test weights averaged over the steps too (often 0.9999)"
@@ -187,7 +192,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         optimizer=optimizer,
         lr=args.lr or choice.lr,
         weight_decay=choice.weight_decay if args.weight_decay is None else args.weight_decay,
-        schedule=args.schedule or "cosine",
+        schedule=args.schedule,
         steps=steps,
         batch_size=batch_size,
         image_size=args.image_size or native or data.image_size or SMALL_IMAGE,

@@ -27,7 +27,7 @@ class Config:
     optimizer: str
     lr: float
     weight_decay: float
-    schedule: str
+    schedule: str | None  # of schedules.SCHEDULES; None: the optimizer's own
     steps: int
     batch_size: int
     image_size: int

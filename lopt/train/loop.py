@@ -33,9 +33,10 @@ from lopt.train.data import NO_LABEL, Batches, Data, Feed
 from lopt.train.ema import Average
 from lopt.train.group import ALONE, Group
 from lopt.train.metrics import COLUMNS, TAGS, Counts, Metrics, Scores
-from lopt.train.optimizers import OPTIMIZERS, SCHEDULES
+from lopt.train.optimizers import OPTIMIZERS, schedule_of
 from lopt.train.precision import Precision
 from lopt.train.scalars import Scalars
+from lopt.train.schedules import SCHEDULES
 from lopt.train.stop import StopRequest
 from lopt.train.timing import StepTimes
 
@@ -88,8 +89,8 @@ class Training:
         if config.compile:
             self.forward.compile()
         self.precision = Precision(config.amp, self.device)
-        factor = SCHEDULES[config.schedule]
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step / config.steps))
+        self.factor = SCHEDULES[schedule_of(config)]
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: self.factor(step / config.steps))
         self.step = 0  # steps taken
         self.row_step = 0  # step of the last row in metrics.csv
         self.seconds = 0.0  # of training before this process
@@ -114,7 +115,7 @@ class Training:
             parallel.load_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             for group, initial in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
-                group["lr"] = initial * SCHEDULES[self.config.schedule](state["step"] / self.config.steps)
+                group["lr"] = initial * self.factor(state["step"] / self.config.steps)
             self.precision.scaler.load_state_dict(state.get("scaler", {}))
             if self.average is not None:
                 parallel.load_model(self.average.model, state["average"])

@@ -1,8 +1,7 @@
-"""The optimizers that `lopt train` compares, and schedules of their lr."""
+"""The optimizers that `lopt train` compares, and what each has where the options do not say."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,15 +57,16 @@ class OptimizerChoice:
     make: Callable[[nn.Module, Config], torch.optim.Optimizer]
     lr: float
     weight_decay: float
+    schedule: str
 
 
 OPTIMIZERS = {
-    "hrnn": OptimizerChoice("HRNN", _hrnn, lr=1.0, weight_decay=0.0),
-    "adamw": OptimizerChoice("AdamW", _adamw, lr=1e-3, weight_decay=1e-2),
-    "sgd": OptimizerChoice("SGD", _sgd, lr=0.1, weight_decay=5e-4),
+    "hrnn": OptimizerChoice("HRNN", _hrnn, lr=1.0, weight_decay=0.0, schedule="cooldown"),
+    "adamw": OptimizerChoice("AdamW", _adamw, lr=1e-3, weight_decay=1e-2, schedule="cosine"),
+    "sgd": OptimizerChoice("SGD", _sgd, lr=0.1, weight_decay=5e-4, schedule="cosine"),
 }
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done -> factor of lr
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-}
+
+def schedule_of(config: Config) -> str:
+    """The name of a run's schedule."""
+    return config.schedule or OPTIMIZERS[config.optimizer].schedule

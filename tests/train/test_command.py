@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lopt.metaparams import DEFAULT, MetaParams
-from lopt.train import TrainError, checkpoint, command, plots, textures
+from lopt.train import TrainError, checkpoint, command, plots, runs, textures
 from lopt.train.config import Config
 from lopt.train.metrics import read_metrics
 
@@ -116,7 +116,7 @@ def test_hrnn_is_the_default_and_its_options_reach_it(tmp_path: Path, capsys: py
     assert run(*options, "--out", tmp_path / "run") == 0
     group = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]
     assert (group["init_lr"], group["weight_decay"], group["initial_lr"]) == (0.005, 0.1, 1.0)
-    expected = "HRNN: lr 1 (cosine), weight decay 0.1, init_lr 0.005, min_lr 0.001, compact state, backend reference"
+    expected = "HRNN: lr 1 (cooldown), weight decay 0.1, init_lr 0.005, min_lr 0.001, compact state, backend reference"
     assert expected in capsys.readouterr().out
 
 
@@ -271,8 +271,11 @@ def test_a_rival_of_the_same_optimizer_has_its_options_and_any_its_own_weight_de
     assert (half.lr, half.meta, half.init_lr, half.weight_decay) == (0.5, "hrnn-4", 0.01, 0.2)
     assert (decayed.lr, decayed.meta, decayed.init_lr, decayed.weight_decay) == (0.001, None, None, 0.3)
     assert plain.weight_decay == 0.01
+    assert plain.schedule is None
+    assert runs.rival_config(replace(plain, schedule="constant"), "sgd").schedule == "constant"
     said = capsys.readouterr().out
-    assert "compare    AdamW, lr 0.001, weight decay 0.3" in said
+    assert "compare    AdamW, lr 0.001 (cosine), weight decay 0.3" in said
+    assert "compare    HRNN, lr 0.5 (cooldown), weight decay 0.2" in said
     assert "result     AdamW, lr 0.001 (adamw): " in said
 
 

@@ -238,8 +238,12 @@ def test_the_loss_of_an_auxiliary_classifier_counts_four_tenths(
     assert loop.AUXILIARY_WEIGHT == 0.4
 
 
-def test_the_cosine_schedule_ends_at_zero_and_the_constant_one_stays(data: Digits, tmp_path: Path) -> None:
-    for schedule, middle, end in (("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)):
+def test_schedules_end_at_zero_but_for_the_constant_one(data: Digits, tmp_path: Path) -> None:
+    for schedule, middle, late, end in (
+        ("cosine", 0.5, 0.5 - 0.5 * 0.75**0.5, 0.0),
+        ("cooldown", 1.0, (1 / 6) / 0.3, 0.0),
+        ("constant", 1.0, 1.0, 1.0),
+    ):
         training = Training(replace(CONFIG, schedule=schedule), data)
         rates = []
         training.optimizer.register_step_post_hook(
@@ -249,6 +253,7 @@ def test_the_cosine_schedule_ends_at_zero_and_the_constant_one_stays(data: Digit
         training.run(tmp_path / schedule, StopRequest())
         assert rates[0] == 1e-3
         assert rates[12] == pytest.approx(middle * 1e-3)
+        assert rates[20] == pytest.approx(late * 1e-3)
         assert training.optimizer.param_groups[0]["lr"] == pytest.approx(end * 1e-3, abs=1e-12)
 
 
