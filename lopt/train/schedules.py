@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-COOLDOWN = 0.3  # of the steps
+COOLDOWN = 0.2  # of the steps
 
 
 def cosine(done: float) -> float:

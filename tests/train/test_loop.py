@@ -241,7 +241,7 @@ def test_the_loss_of_an_auxiliary_classifier_counts_four_tenths(
 def test_schedules_end_at_zero_but_for_the_constant_one(data: Digits, tmp_path: Path) -> None:
     for schedule, middle, late, end in (
         ("cosine", 0.5, 0.5 - 0.5 * 0.75**0.5, 0.0),
-        ("cooldown", 1.0, (1 / 6) / 0.3, 0.0),
+        ("cooldown", 1.0, (1 / 6) / 0.2, 0.0),
         ("constant", 1.0, 1.0, 1.0),
     ):
         training = Training(replace(CONFIG, schedule=schedule), data)
