@@ -1,18 +1,20 @@
 """Fine-tuning a pretrained transformer to classify texts: HRNN with nothing set beside AdamW at several rates.
 
 The model is a folder that transformers can load, the texts a file of lines `label<tab>text`. AdamW has what it is used
-with here: a linear warm-up over a tenth of the steps, then a linear decay to zero. HRNN has no schedule.
+with here: a linear warm-up over a tenth of the steps, then a linear decay to zero. HRNN trains without a schedule and
+with a cooldown.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from lopt import HRNN
 from lopt.train.arguments import current_device, positive, whole
+from lopt.train.schedules import cooldown
 
 RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 TEST = 1000  # texts held back
@@ -35,6 +38,14 @@ class Texts(NamedTuple):
     texts: list[str]
     labels: list[int]
     classes: int
+
+
+class Contender(NamedTuple):
+    """An optimizer with a schedule: a step, counted from 0, and all steps -> factor of lr."""
+
+    label: str
+    make: Callable[[Any], torch.optim.Optimizer]
+    factor: Callable[[int, int], float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,18 +84,27 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(data.texts):,} texts in {data.classes} classes, {args.steps} steps of {args.batch_size} on {device}")
     last = min(LAST, args.steps)
     print(f"{'':<16} {f'loss, last {last} steps':>20} {'test loss':>10} {'accuracy':>9} {'ms per step':>12}")
-    for label, rate in [("HRNN", None), *((f"AdamW, {rate:g}", rate) for rate in args.rates)]:
+
+    def hrnn(params: Any) -> torch.optim.Optimizer:
+        return HRNN(params, meta=args.meta)
+
+    contenders: list[Contender] = [
+        Contender("HRNN", hrnn, lambda step, steps: 1.0),
+        Contender("HRNN, cooldown", hrnn, lambda step, steps: cooldown(step / steps)),
+        *(Contender(f"AdamW, {rate:g}", functools.partial(torch.optim.AdamW, lr=rate), linear) for rate in args.rates),
+    ]
+    for contender in contenders:
         results = []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=data.classes)
-            results.append(train(model.to(device), rate, batch, len(data.texts), seed, args))
+            results.append(train(model.to(device), contender, batch, len(data.texts), seed, args))
         loss, test, right, seconds = (statistics.fmean(values) for values in zip(*results, strict=True))
-        print(f"{label:<16} {loss:20.3f} {test:10.3f} {100 * right:7.1f} % {1e3 * seconds:12.0f}", flush=True)
+        print(f"{contender.label:<16} {loss:20.3f} {test:10.3f} {100 * right:7.1f} % {1e3 * seconds:12.0f}", flush=True)
     return 0
 
 
-def factor(step: int, steps: int) -> float:
+def linear(step: int, steps: int) -> float:
     """Of AdamW's rate: linear to 1 over the first steps, counted from 0, then linear to 0."""
     warmup = max(1, round(WARMUP * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
@@ -111,19 +131,19 @@ def read(path: Path, classes: int, batch_size: int) -> Texts:
 
 
 def train(
-    model: Any, rate: float | None, batch: Any, count: int, seed: int, args: argparse.Namespace
+    model: Any, contender: Contender, batch: Any, count: int, seed: int, args: argparse.Namespace
 ) -> tuple[float, float, float, float]:
     """One training on all texts but the first `TEST`.
 
     Args:
-        model: pretrained, with a new classifier. rate: AdamW's, None for HRNN.
+        model: pretrained, with a new classifier. contender: what trains it.
         batch: indices of texts -> what the model takes. count: of texts. seed: of their order.
 
     Returns:
         Mean training loss of the last steps, test loss, test accuracy, seconds per step after the first ones.
     """
-    params = model.parameters()
-    optimizer = HRNN(params, meta=args.meta) if rate is None else torch.optim.AdamW(params, rate)
+    optimizer = contender.make(model.parameters())
+    rate = optimizer.param_groups[0]["lr"]
     order = torch.randperm(count - TEST, generator=torch.Generator().manual_seed(seed)) + TEST
     losses: list[Tensor] = []
     untimed = min(UNTIMED, args.steps - 1)
@@ -134,8 +154,7 @@ def train(
             losses[-1].item()  # waits for the device
             begin = time.perf_counter()
         at = step * args.batch_size % (len(order) - args.batch_size + 1)
-        if rate is not None:
-            optimizer.param_groups[0]["lr"] = rate * factor(step, args.steps)
+        optimizer.param_groups[0]["lr"] = rate * contender.factor(step, args.steps)
         optimizer.zero_grad()
         loss = model(**batch(order[at : at + args.batch_size].tolist())).loss
         loss.backward()

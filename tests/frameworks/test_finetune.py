@@ -34,7 +34,7 @@ def test_hrnn_and_adamw_learn_what_the_texts_are_about(given: list[str], capsys:
     assert cli.main([*given, "--steps", "150", "--rates", "0.003"]) == 0
     said = capsys.readouterr().out
     rows = {line[:16].strip(): line[16:].split() for line in said.splitlines()[2:]}
-    assert set(rows) == {"HRNN", "AdamW, 0.003"}
+    assert set(rows) == {"HRNN", "HRNN, cooldown", "AdamW, 0.003"}
     for loss, test, accuracy, *_ in rows.values():
         assert float(loss) < 1.2 and float(test) < 1.2 and float(accuracy) > 40  # ln 4 = 1.39 and 25 % by chance
 
