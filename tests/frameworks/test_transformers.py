@@ -19,6 +19,8 @@ def trained(route: str, model: Any, data: Any, folder: Path, resume: str | None 
         save_steps=3,
         per_device_train_batch_size=4,
         weight_decay=0.01,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": 2, "decay_type": "linear"},
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
@@ -31,6 +33,11 @@ def trained(route: str, model: Any, data: Any, folder: Path, resume: str | None 
     return trainer
 
 
+def rates(trainer: Any) -> list[float]:
+    """lr before each step, by the scheduler that the trainer made."""
+    return [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(6)]
+
+
 @pytest.mark.parametrize("route", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     route: str, regression: Any, data: Any, tmp_path: Path, assert_trained_alike: Any
@@ -41,6 +48,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     optimizer = getattr(whole.optimizer, "optimizer", whole.optimizer)
     assert isinstance(optimizer, HRNN)
     assert {state["step"].item() for state in optimizer.state.values()} == {6}
-    assert optimizer.param_groups[0]["lr"] == 0  # its schedule: linear from 1 to 0
+    assert rates(whole) == [1, 1, 1, 1, 1, 0.5]
+    assert optimizer.param_groups[0]["lr"] == 0
     decays = {group["weight_decay"] for group in optimizer.param_groups}
     assert decays == ({0.01} if route == "optimizers" else {0.01, 0.0})
