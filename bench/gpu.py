@@ -230,9 +230,10 @@ def run_small(only: str) -> None:
         "attention": (lopt.MetaParams.init(lopt.HRNNConfig(attention=True)), torch.float32),
         "shipped": (shipped, torch.bfloat16),
     }
-    for name in contenders():
-        if not name.startswith(f"hrnn {only}"):
-            continue
+    names = [name for name in contenders() if name.startswith(f"hrnn {only}")]
+    if not names:
+        raise ValueError(f"no backend {only!r} for this device: it has {', '.join(contenders())}")
+    for name in names:
         backend, _, state_format = name.removeprefix("hrnn ").partition(" ")
         for variant, (meta, dtype) in variants.items():
             with failures_named(f"{name}, {variant}"):
@@ -265,7 +266,8 @@ def small_steps(
     for step in range(3):
         for param in params:
             grad = torch.randn(len(param) + 1, generator=generator)
-            grad[-1] = float("nan") if step == 2 else 0.0
+            if step == 2:
+                grad[-1] = torch.nan
             param.grad = grad.to(device, dtype)[1:]
         optimizer.step()
     if int(optimizer.skipped_steps) != 1:

@@ -11,13 +11,15 @@
 #
 # Each part takes ${BUDGET:-550} seconds at most. ${OUT:-bench/out} gets stages.txt, table.txt, logs.txt, results.csv,
 # meta.csv, and metrics and curves of each model, as far as they came; a part that ran before leaves its rows there, and
-# `stability` goes on where it stopped. For a machine with a GPU, PyTorch and Triton, and no package registry: nothing is
-# downloaded. Rows name the commit, LOPT_COMMIT where git does not know it. A failing stage does not keep the others from
+# `stability` goes on where it stopped. For a machine with a GPU, Python 3.11 or later, PyTorch and Triton, and no package
+# registry: nothing is downloaded. Rows name the commit, LOPT_COMMIT where git does not know it. A failing stage does not keep the others from
 # running; the exit status tells whether all passed.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/out}" && cd "${OUT:-bench/out}" && pwd) || exit 1
 PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys
+if sys.version_info < (3, 11): sys.exit(f"Python {sys.version.split()[0]} puts the working directory before PYTHONPATH: set PYTHON to 3.11 or later")' || exit 1
 RESULTS=$OUT/results.csv
 STAGES=$OUT/stages.txt
 WORK=$(mktemp -d) || exit 1

@@ -192,7 +192,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         optimizer=optimizer,
         lr=args.lr or choice.lr,
         weight_decay=choice.weight_decay if args.weight_decay is None else args.weight_decay,
-        schedule=args.schedule,
+        schedule=args.schedule or choice.schedule,
         steps=steps,
         batch_size=batch_size,
         image_size=args.image_size or native or data.image_size or SMALL_IMAGE,
@@ -214,6 +214,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         checkpoint_every=args.checkpoint_every,
         compare=rivals,
         compare_steps=args.compare_steps,
+        schedule_for_all=args.schedule is not None,
         label_smoothing=args.label_smoothing or 0.0,
         ema=args.ema,
         amp=args.amp,
@@ -231,6 +232,8 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
     if not (args.resume / "config.json").is_file():
         raise TrainError(f"{str(args.resume)!r} holds no run (no config.json): check --resume")
     stored = Config.load(args.resume / "config.json")
+    if stored.crop is None and stored.data not in NAMED:  # of a version that had but one
+        stored = replace(stored, crop=CROPS[0])
     _check_own(args, stored.optimizer, args.compare or stored.compare)
     if args.epochs is not None:
         args.steps = args.epochs * (stored.train_images // stored.batch_size)
@@ -261,7 +264,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             )
         config = replace(config, meta=DEFAULT)
     config = replace(config, device=checked_device(config.device))
-    data = open_data(config.data, config.crop)
+    data = open_data(config.data, args.crop if config.data in NAMED else config.crop)
     if (data.train_count, data.classes) != (config.train_images, config.classes):
         raise TrainError(
             f"data {config.data!r} has {data.train_count} training images in {data.classes} classes, but the run in "

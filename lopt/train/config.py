@@ -27,7 +27,7 @@ class Config:
     optimizer: str
     lr: float
     weight_decay: float
-    schedule: str | None  # of schedules.SCHEDULES; None: the optimizer's own
+    schedule: str  # of schedules.SCHEDULES
     steps: int
     batch_size: int
     image_size: int
@@ -49,6 +49,7 @@ class Config:
     checkpoint_every: int | None = None  # None: by time
     compare: tuple[str, ...] = ()
     compare_steps: int | None = None  # None: as many as the run
+    schedule_for_all: bool = True  # the schedule of those it is compared with too; else each has its optimizer's own
     label_smoothing: float = 0.0
     ema: float | None = None  # decay of the averaged weights; None: none are kept
     amp: str | None = None  # of precision.DTYPES

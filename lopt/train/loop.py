@@ -33,7 +33,7 @@ from lopt.train.data import NO_LABEL, Batches, Data, Feed
 from lopt.train.ema import Average
 from lopt.train.group import ALONE, Group
 from lopt.train.metrics import COLUMNS, TAGS, Counts, Metrics, Scores
-from lopt.train.optimizers import OPTIMIZERS, schedule_of
+from lopt.train.optimizers import OPTIMIZERS
 from lopt.train.precision import Precision
 from lopt.train.scalars import Scalars
 from lopt.train.schedules import SCHEDULES
@@ -89,7 +89,7 @@ class Training:
         if config.compile:
             self.forward.compile()
         self.precision = Precision(config.amp, self.device)
-        self.factor = SCHEDULES[schedule_of(config)]
+        self.factor = SCHEDULES[config.schedule]
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: self.factor(step / config.steps))
         self.step = 0  # steps taken
         self.row_step = 0  # step of the last row in metrics.csv

@@ -65,8 +65,3 @@ OPTIMIZERS = {
     "adamw": OptimizerChoice("AdamW", _adamw, lr=1e-3, weight_decay=1e-2, schedule="cosine"),
     "sgd": OptimizerChoice("SGD", _sgd, lr=0.1, weight_decay=5e-4, schedule="cosine"),
 }
-
-
-def schedule_of(config: Config) -> str:
-    """The name of a run's schedule."""
-    return config.schedule or OPTIMIZERS[config.optimizer].schedule

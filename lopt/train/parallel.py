@@ -128,13 +128,17 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load whole tensors into an optimizer whose parameters may be sharded. Raises ValueError when they do not fit."""
+    """Load whole tensors into an optimizer whose parameters may be sharded, and which goes on with torch's kernels of
+    its own choice: a fused one may take no shards. Raises ValueError when they do not fit."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     entries = {
         key: {name: _sharded_like(params[key], value) for name, value in entry.items()} if key < len(params) else entry
         for key, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": entries})
+    groups = [dict(group) for group in state["param_groups"]]
+    for group, own in zip(groups, optimizer.param_groups, strict=False):
+        group |= {name: own[name] for name in ("foreach", "fused") if name in own}
+    optimizer.load_state_dict({**state, "state": entries, "param_groups": groups})
 
 
 def _sharded_like(own: Tensor | None, value: Any) -> Any:

@@ -18,7 +18,7 @@ from lopt.train.config import HRNN_ONLY, Config
 from lopt.train.data import Data
 from lopt.train.loop import Diverged, Training
 from lopt.train.metrics import COLUMNS, read_metrics
-from lopt.train.optimizers import OPTIMIZERS, schedule_of
+from lopt.train.optimizers import OPTIMIZERS
 from lopt.train.stop import StopRequest
 
 
@@ -48,7 +48,7 @@ def train_all(training: Training, folder: Path | None) -> int:
             if label in drawn:
                 label += f" ({rival})"
             if rival and group.rank == 0:
-                details = f"{label} ({schedule_of(training.config)}), weight decay {training.config.weight_decay:g}"
+                details = f"{label} ({training.config.schedule}), weight decay {training.config.weight_decay:g}"
                 print(f"compare    {details}", flush=True)
             outcome = None
             try:
@@ -107,6 +107,7 @@ def rival_config(config: Config, rival: str) -> Config:
         config,
         optimizer=name,
         lr=float(numbers[0]) if numbers else choice.lr,
+        schedule=config.schedule if config.schedule_for_all else choice.schedule,
         steps=min(config.steps, config.compare_steps or config.steps),
         compare=(),
         compare_steps=None,
@@ -153,7 +154,7 @@ def _draw(folder: Path, title: str, drawn: dict[str, Path]) -> None:
 def _announce(training: Training, folder: Path) -> None:
     config, data, group = training.config, training.data, training.group
     tensors = training.parameters
-    details = [f"lr {config.lr:g} ({schedule_of(config)})", f"weight decay {config.weight_decay:g}"]
+    details = [f"lr {config.lr:g} ({config.schedule})", f"weight decay {config.weight_decay:g}"]
     if isinstance(training.optimizer, HRNN):
         own, architecture = training.optimizer, training.optimizer.config
         backend = backends.choose(training.device, architecture, config.backend, own.state_format)

@@ -271,8 +271,9 @@ def test_a_rival_of_the_same_optimizer_has_its_options_and_any_its_own_weight_de
     assert (half.lr, half.meta, half.init_lr, half.weight_decay) == (0.5, "hrnn-4", 0.01, 0.2)
     assert (decayed.lr, decayed.meta, decayed.init_lr, decayed.weight_decay) == (0.001, None, None, 0.3)
     assert plain.weight_decay == 0.01
-    assert plain.schedule is None
-    assert runs.rival_config(replace(plain, schedule="constant"), "sgd").schedule == "constant"
+    assert (half.schedule, plain.schedule) == ("cooldown", "cosine")
+    for_all = replace(half, schedule="constant", schedule_for_all=True)
+    assert runs.rival_config(for_all, "sgd").schedule == "constant"
     said = capsys.readouterr().out
     assert "compare    AdamW, lr 0.001 (cosine), weight decay 0.3" in said
     assert "compare    HRNN, lr 0.5 (cooldown), weight decay 0.2" in said
@@ -390,9 +391,28 @@ def test_a_run_keeps_its_crop(tmp_path: Path, make_tree: MakeTree) -> None:
     assert run(*options, "--steps", 2, "--schedule", "constant", "--out", tmp_path / "parts") == 0
     with pytest.raises(TrainError, match="--crop resized differs from the padded"):
         run("--resume", tmp_path / "parts", "--crop", "resized")
+    with pytest.raises(TrainError, match=r"data 'digits' has 1[\d]{3} training images in 10 classes, but the run"):
+        run("--resume", tmp_path / "parts", "--data", "digits")
     assert run("--resume", tmp_path / "parts", "--steps", 4) == 0
     left, right = (checkpoint.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.usefixtures("narrow_model")
+def test_options_that_say_what_a_run_has_by_default_are_those_of_the_run(tmp_path: Path, make_tree: MakeTree) -> None:
+    tree = make_tree(tmp_path / "stripes")
+    options = ["--data", tree, "--model", "preresnet8", "--batch-size", 4, "--image-size", 16, "--workers", 0]
+    assert run(*options, "--steps", 2, "--out", tmp_path / "run") == 0
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    assert (content["schedule"], content["schedule_for_all"], content["crop"]) == ("cooldown", False, "resized")
+    del content["crop"], content["schedule_for_all"]  # as versions wrote it that had one crop, and one schedule for all
+    path.write_text(json.dumps(content))
+    assert Config.load(path).schedule_for_all
+    assert run("--resume", tmp_path / "run", "--steps", 3, "--schedule", "cooldown", "--crop", "resized") == 0
+    assert Config.load(path).crop == "resized"
+    with pytest.raises(TrainError, match="--schedule cosine differs from the cooldown of the run"):
+        run("--resume", tmp_path / "run", "--schedule", "cosine")
 
 
 def test_data_that_changed_is_noticed_on_resume(tmp_path: Path, make_tree: MakeTree) -> None:

@@ -130,6 +130,29 @@ def test_padded_crops_move_the_whole_image_and_flip_it(tree: Path) -> None:
     assert abs(int(counts[0].sum()) - 240) < 5 * 480**0.5 / 2
 
 
+@pytest.mark.parametrize("size", [(44, 32), (32, 44)])
+def test_padded_crops_are_of_the_centre_square_of_an_oblong_image(tree: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    ramp = np.broadcast_arrays(5 * np.arange(width), 5 * np.arange(height)[:, None], 99)
+    for path in tree.glob("*/*/*.jpg"):
+        Image.fromarray(np.stack(ramp, -1).astype(np.uint8)).save(path.with_suffix(".png"))
+        path.unlink()
+    data = ImageFolder(tree, "padded")
+    mean, std = (255 * torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    images, _ = next(data.test_batches(folder_feed(batch_size=1)))
+    square = (images[0] * std + mean).round()
+    places = 5 * (2 * torch.arange(16) + 0.5)
+    across, down = places + 5 * (width - 32) / 2, places + 5 * (height - 32) / 2
+    assert (square[0] - across)[:, 1:-1].abs().max() < 1
+    assert (square[1] - down[:, None])[1:-1].abs().max() < 1
+
+    padded = torch.nn.functional.pad(square, (2, 2, 2, 2))
+    moved = torch.stack([padded[..., y : y + 16, x : x + 16] for y in range(5) for x in range(5)])
+    images, _ = next(data.train_batches(folder_feed(batch_size=12), 0, 1))
+    for image in (images * std + mean).round():
+        assert (torch.stack([moved, moved.flip(-1)]) == image).flatten(2).all(2).sum() == 1
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
 def test_every_mode_of_image_becomes_three_channels(tree: Path, mode: str) -> None:
     suffix = ".jpg" if mode == "CMYK" else ".png"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lopt.train import TrainError, checkpoint, loop, models
+from lopt.train import TrainError, checkpoint, loop, models, parallel
 from lopt.train.config import Config
 from lopt.train.data import Digits
 from lopt.train.loop import Diverged, Training
@@ -255,6 +255,21 @@ def test_schedules_end_at_zero_but_for_the_constant_one(data: Digits, tmp_path: 
         assert rates[12] == pytest.approx(middle * 1e-3)
         assert rates[20] == pytest.approx(late * 1e-3)
         assert training.optimizer.param_groups[0]["lr"] == pytest.approx(end * 1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("saved", ["fused", "foreach"])
+def test_an_optimizer_keeps_the_kernels_of_its_own_choice(saved: str) -> None:
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.arange(5.0)
+    first = torch.optim.SGD([param], lr=0.1, momentum=0.9, **{saved: True})
+    first.step()
+    own = "foreach" if saved == "fused" else "fused"
+    second = torch.optim.SGD([param], lr=0.2, **{own: True})
+    parallel.load_optimizer(second, first.state_dict())
+    (group,) = second.param_groups
+    assert group[own] and not group[saved]
+    assert (group["lr"], group["momentum"]) == (0.1, 0.9)
+    assert torch.equal(second.state[param]["momentum_buffer"], param.grad)
 
 
 def test_a_checkpoint_of_another_model_is_refused(data: Digits, tmp_path: Path) -> None:
