@@ -180,11 +180,12 @@ static void advance(const lopt::Meta& meta, bool compact, List grads, List dtype
 }
 
 static void summarise(const lopt::Meta& meta, List numel, List step, List tensor_hidden, List log_lr_mean, List damping,
-                      List distance, int64_t global_hidden, int64_t sums, int64_t update, int64_t places, int64_t skip, int64_t scale) {
+                      List distance, List lr, int64_t global_hidden, int64_t sums, int64_t update, int64_t places, int64_t skip,
+                      int64_t scale) {
   std::vector<lopt::SummariseTensor> tensors(numel.size());
   for (int i = 0; i < numel.size(); i++)
     tensors[i] = {numel.number(i), tensor_hidden.address<float>(i), log_lr_mean.address<float>(i), damping.address<float>(i),
-                  distance.address<float>(i), step.address<float>(i)};
+                  distance.address<float>(i), step.address<float>(i), float(lr.real(i))};
   const lopt::Summarise args{&meta, pointer<const float>(sums), tensors.data(), numel.size(), pointer<float>(global_hidden),
                              pointer<const float>(update), pointer<const int64_t>(places), pointer<const float>(skip),
                              pointer<float>(scale)};

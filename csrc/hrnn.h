@@ -79,6 +79,7 @@ struct Advance {
 struct SummariseTensor {
   int64_t numel;
   float *tensor_hidden, *log_lr_mean, *damping, *distance, *step;  // damping and distance null without
+  float lr;
 };
 
 struct Summarise {

@@ -317,7 +317,7 @@ Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tens
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
   injected.rising_momentum = rising_momentum(meta.weights.momentum, tensor.damping ? tensor.damping[kFactor] : 1);
   injected.lowest = lowest_log_lr(meta.weights, *tensor.step, tensor.distance);
-  injected.started = *tensor.step > 0;
+  injected.started = has_started(*tensor.step, tensor.damping);
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
     const bool keeps = has_past(tensor, s, compact);
@@ -432,15 +432,16 @@ void summarise(const Summarise& args) {
     }
     *tensor.log_lr_mean = means[inputs + 1];
     *tensor.step += 1;
+    const float taken = share_taken(tensor.lr);
     float factor = 1;
     if (tensor.damping)
-      factor = damp(tensor.damping, means[columns - 1], config.damping, config.damping_decay, kGradientLimit);
+      factor = damp(tensor.damping, means[columns - 1], config.damping, config.damping_decay, kGradientLimit, taken);
     const float scale = args.scale[i * config.directions()] = factor / std::sqrt(means[inputs] + kDirectionEps);
     if (config.attention) args.scale[i * 2 + 1] = factor / std::sqrt(means[inputs + 2] + kDirectionEps);
     if (tensor.distance) {
       const int64_t* const places = args.places + i * kSamples;
       float squares = 0;
-      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, scale * args.update[places[s]]);
+      for (int s = 0; s < kSamples; s++) squares += travel(tensor.distance, s, taken * scale * args.update[places[s]]);
       arrive(tensor.distance, squares);
     }
   }

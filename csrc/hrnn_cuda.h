@@ -14,7 +14,8 @@ namespace lopt::gpu {
 #define LOPT_ADVANCE_COLUMNS(X)                                                                                        \
   X(GRAD) X(GRAD_DTYPE) X(SIGN) X(HIDDEN) X(ACCUM) X(MS) X(LOG_LR) X(STEP) X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(DAMPING)  \
   X(DISTANCE) X(SIZE) X(NUMEL) X(OFFSET) X(CHUNK_FIRST) X(CHUNK_COUNT) X(CHUNK_SIZE)
-#define LOPT_SUMMARY_COLUMNS(X) X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(DAMPING) X(DISTANCE) X(STEP) X(NUMEL)
+#define LOPT_SUMMARY_COLUMNS(X)                                                                                        \
+  X(TENSOR_HIDDEN) X(LOG_LR_MEAN) X(DAMPING) X(DISTANCE) X(STEP) X(NUMEL) X(LR) X(LR_DTYPE)
 #define LOPT_APPLY_COLUMNS(X)                                                                                          \
   X(PARAM) X(PARAM_DTYPE) X(TRUE_PARAM) X(LOG_LR_MEAN) X(SIZE) X(OFFSET) X(CHUNK_FIRST) X(CHUNK_SIZE) X(LR)            \
   X(LR_DTYPE) X(WEIGHT_DECAY)

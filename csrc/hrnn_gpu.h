@@ -265,9 +265,10 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
       shared.numel[thread] += shared.numel[thread + half];
     });
   const Weights<float>& weights = *reinterpret_cast<const Weights<float>*>(args.weights);
-  const float factor = args.damped ? row.address<const float>(AdvanceColumn::DAMPING)[kFactor] : 1;
+  const float* const damping = args.damped ? row.address<const float>(AdvanceColumn::DAMPING) : nullptr;
+  const float factor = damping ? damping[kFactor] : 1;
   const float step = *row.address<const float>(AdvanceColumn::STEP);
-  const bool started = step > 0;
+  const bool started = has_started(step, damping);
   const int64_t n = row.number(AdvanceColumn::SIZE);
   bool keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {
@@ -735,6 +736,13 @@ LOPT_HD void advance(const B& block, const gpu::Advance& args, AdvanceShared<com
 
 // ---------------------------------------------------------------- summarise
 
+// Of the table: a number, or one in device memory.
+template <class Column>
+LOPT_HD float learning_rate(const Row& row) {
+  const int64_t dtype = row.number(Column::LR_DTYPE);
+  return dtype < 0 ? float(row.real(Column::LR)) : load_any(Dtype(dtype), row.address<const void>(Column::LR), 0);
+}
+
 struct SummaryShared {
   float x[gpu::kLargestLevel], h[gpu::kLargestLevel], gates[2 * gpu::kLargestLevel];
   float squares[kSamples];
@@ -775,7 +783,7 @@ template <class B>
 LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared& shared) {
   if (*args.skip != 0) return;
   const Row row{args.table, args.tensors, block.index};
-  const float numel = row.number(SummaryColumn::NUMEL);
+  const float numel = row.number(SummaryColumn::NUMEL), taken = share_taken(learning_rate<SummaryColumn>(row));
   const float* sums = args.sums + int64_t(block.index) * args.columns;
   const int size = args.tensor_size, above = args.global_size;
   float* const q = row.address<float>(SummaryColumn::TENSOR_HIDDEN);
@@ -784,7 +792,7 @@ LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared
       float factor = 1;
       if (args.damping > 0)
         factor = damp(row.address<float>(SummaryColumn::DAMPING), sums[args.columns - 1] / numel, args.damping,
-                      args.damping_decay, args.gradient_limit);
+                      args.damping_decay, args.gradient_limit, taken);
       for (int i = 0; i <= args.attention; i++) {
         const float mean = sums[args.squares + 2 * i] / numel;
         args.scale[int64_t(block.index) * (1 + args.attention) + i] = factor / sqrtf(mean + args.direction_eps);
@@ -803,7 +811,7 @@ LOPT_HD void summarise(const B& block, const gpu::Summarise& args, SummaryShared
     const float scale = args.scale[int64_t(block.index) * (1 + args.attention)];
     const int64_t* const places = args.places + int64_t(block.index) * kSamples;
     block.each([&](int thread) {
-      if (thread < kSamples) shared.squares[thread] = travel(distance, thread, scale * args.update[places[thread]]);
+      if (thread < kSamples) shared.squares[thread] = travel(distance, thread, taken * scale * args.update[places[thread]]);
     });
     block.each([&](int thread) {
       if (thread != 0) return;
@@ -857,9 +865,7 @@ LOPT_HD void apply(const B& block, const gpu::Apply& args) {
   const Range range = chunk_range<ApplyColumn>(row, chunk);
   void* const param = row.address<void>(ApplyColumn::PARAM);
   const Dtype dtype = Dtype(row.number(ApplyColumn::PARAM_DTYPE));
-  const int64_t lr_dtype = row.number(ApplyColumn::LR_DTYPE);
-  const float lr = lr_dtype < 0 ? float(row.real(ApplyColumn::LR))
-                                : load_any(Dtype(lr_dtype), row.address<const void>(ApplyColumn::LR), 0);
+  const float lr = learning_rate<ApplyColumn>(row);
   const float weight_decay = row.real(ApplyColumn::WEIGHT_DECAY);
   const float learned = weight_decay > 0 ? expf(*row.address<const float>(ApplyColumn::LOG_LR_MEAN)) : 0.f;
   const float decay = fminf(lr * weight_decay * learned, 1.f);

@@ -76,18 +76,26 @@ struct Injected {
   Real rising_momentum;       // of the smoothed log lr where it rises: more than `momentum` after gradients that were small
   Real keep_ms[kTimescales];  // 0 where the mean squares are zero throughout the tensor: no past to average with
   bool keeps_all;             // keep_ms is 1, 1, 1, 1
-  bool started;               // not the first step: the decays of which are 0
+  bool started;               // `has_started`: the decays of the first step are 0
 };
 
 namespace LOPT_ISA {
 
+// The share of a learned step that is taken, as far as learned rates have to know.
+LOPT_HD float share_taken(float lr) { return fminf(lr, 1.f); }
+
+// Whether a tensor has a past: it has taken steps and, with damping, had a gradient but 0.
+LOPT_HD bool has_started(float step, const float* damping) { return step > 0 && !(damping && damping[kTotal] == 0); }
+
 // Compares a tensor's gradient, of mean square `square`, with those before: `damp` in lopt/backends/reference.py. Updates the
 // tensor's state and returns the factor of its steps.
-LOPT_HD float damp(float* damping, float square, float share, float decay, float gradient_limit) {
+LOPT_HD float damp(float* damping, float square, float share, float decay, float gradient_limit, float taken) {
   square = fminf(square, gradient_limit * gradient_limit);
   const float total = damping[kTotal] = decay * damping[kTotal] + (1 - decay) * square;
   const float weight = damping[kWeight] = decay * damping[kWeight] + (1 - decay);
-  return damping[kFactor] = fminf(sqrtf(total > 0 ? square / total * weight : 0.f) / share, 1.f);
+  const float factor = fminf(sqrtf(total > 0 ? square / total * weight : 0.f) / share, 1.f);
+  damping[kFactor] = factor * taken;
+  return factor;
 }
 
 // Momentum of a rising log lr after that factor.

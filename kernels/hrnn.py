@@ -91,6 +91,8 @@ SUMMARY_DAMPING = tl.constexpr(SummaryColumn.DAMPING.value)
 SUMMARY_DISTANCE = tl.constexpr(SummaryColumn.DISTANCE.value)
 SUMMARY_STEP = tl.constexpr(SummaryColumn.STEP.value)
 SUMMARY_NUMEL = tl.constexpr(SummaryColumn.NUMEL.value)
+SUMMARY_LR = tl.constexpr(SummaryColumn.LR.value)
+SUMMARY_LR_KIND = tl.constexpr(SummaryColumn.LR_DTYPE.value)
 PARAM = tl.constexpr(ApplyColumn.PARAM.value)
 PARAM_KIND = tl.constexpr(ApplyColumn.PARAM_DTYPE.value)
 TRUE_PARAM = tl.constexpr(ApplyColumn.TRUE_PARAM.value)
@@ -457,6 +459,8 @@ def share(
         lowest = tl.maximum(lowest, tl.log(tl.maximum(distance, TINY)) - 0.5 * tl.log(1.0 + step))
     tl.store(row + LOWEST, lowest)
     started = step > 0
+    if DAMPED:  # and there was a gradient but 0
+        started = started & (tl.load(floats(column(table, DAMPING_STATE, tensors, tensor))) > 0)
     tl.store(row + STARTED, started.to(tl.float32))
     size = column(table, SIZE, tensors, tensor)
     ms = column(table, MS, tensors, tensor)
@@ -904,10 +908,11 @@ def gru(
 
 
 @inlined
-def damp(damping, square, DAMPING: tl.constexpr, DECAY: tl.constexpr, LIMIT: tl.constexpr):
+def damp(damping, square, taken, DAMPING: tl.constexpr, DECAY: tl.constexpr, LIMIT: tl.constexpr):
     """Factor of a tensor's steps from the mean square of its gradient and those before.
 
-    damping: [3] moving sum of mean squares, moving sum of their weights, factor; updated.
+    damping: [3] moving sum of mean squares, moving sum of their weights, factor of rises; updated.
+    taken: share of the step.
     """
     square = tl.minimum(square, LIMIT * LIMIT)
     total = DECAY * tl.load(damping) + (1.0 - DECAY) * square
@@ -917,7 +922,7 @@ def damp(damping, square, DAMPING: tl.constexpr, DECAY: tl.constexpr, LIMIT: tl.
     factor = tl.minimum(tl.sqrt(ratio) / DAMPING, 1.0)
     tl.store(damping, total)
     tl.store(damping + 1, weight)
-    tl.store(damping + 2, factor)
+    tl.store(damping + 2, factor * taken)
     return factor
 
 
@@ -934,6 +939,22 @@ def travel(distance, scale, update, places):
     tl.debug_barrier()  # every thread has read them
     tl.store(distance + 1 + s, away)
     tl.store(distance, largest)
+
+
+@inlined
+def learning_rate(bits, kind):
+    """Of two columns of a table: a number, or one in device memory."""
+    if kind < 0:
+        lr = bits.to(tl.float64, bitcast=True).to(tl.float32)
+    elif kind == FLOAT32:
+        lr = tl.load(floats(bits))
+    elif kind == BFLOAT16:
+        lr = tl.load(bits.to(tl.pointer_type(tl.bfloat16))).to(tl.float32)
+    elif kind == FLOAT16:
+        lr = tl.load(bits.to(tl.pointer_type(tl.float16))).to(tl.float32)
+    else:
+        lr = tl.load(bits.to(tl.pointer_type(tl.float64))).to(tl.float32)
+    return lr
 
 
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=POINTERS)
@@ -978,16 +999,18 @@ def summarise(
     row = sums + tensor.to(tl.int64) * COLUMNS
     own = scratch + tensor.to(tl.int64) * (2 * WIDTH)
     numel = column(table, SUMMARY_NUMEL, tensors, tensor).to(tl.float32)
+    lr = learning_rate(column(table, SUMMARY_LR, tensors, tensor), column(table, SUMMARY_LR_KIND, tensors, tensor))
+    taken = tl.minimum(lr, 1.0)
     factor = 1.0
     if DAMPING > 0:
         damping = floats(column(table, SUMMARY_DAMPING, tensors, tensor))
-        factor = damp(damping, tl.load(row + COLUMNS - 1) / numel, DAMPING, DAMPING_DECAY, LIMIT)
+        factor = damp(damping, tl.load(row + COLUMNS - 1) / numel, taken, DAMPING, DAMPING_DECAY, LIMIT)
     for i in tl.static_range(1 + ATTENTION):
         mean = tl.load(row + SQUARES + 2 * i) / numel
         tl.store(scale + tensor * (1 + ATTENTION) + i, factor / tl.sqrt(mean + EPS))
     if DISTANCE:
         distance = floats(column(table, SUMMARY_DISTANCE, tensors, tensor))
-        move = factor / tl.sqrt(tl.load(row + SQUARES) / numel + EPS)
+        move = taken * factor / tl.sqrt(tl.load(row + SQUARES) / numel + EPS)
         travel(distance, move, update, places + tensor.to(tl.int64) * SAMPLES)
     tl.store(floats(column(table, SUMMARY_LOG_LR_MEAN, tensors, tensor)), tl.load(row + SQUARES + 1) / numel)
     step = floats(column(table, SUMMARY_STEP, tensors, tensor))
@@ -1077,17 +1100,7 @@ def apply(
     begin = (chunk - column(table, PARAM_CHUNK_FIRST, tensors, tensor)) * size
     end = tl.minimum(begin + size, column(table, PARAM_SIZE, tensors, tensor))
     param, kind = column(table, PARAM, tensors, tensor), column(table, PARAM_KIND, tensors, tensor)
-    lr_kind, lr_bits = column(table, LR_KIND, tensors, tensor), column(table, LR, tensors, tensor)
-    if lr_kind < 0:
-        lr = lr_bits.to(tl.float64, bitcast=True).to(tl.float32)
-    elif lr_kind == FLOAT32:
-        lr = tl.load(floats(lr_bits))
-    elif lr_kind == BFLOAT16:
-        lr = tl.load(lr_bits.to(tl.pointer_type(tl.bfloat16))).to(tl.float32)
-    elif lr_kind == FLOAT16:
-        lr = tl.load(lr_bits.to(tl.pointer_type(tl.float16))).to(tl.float32)
-    else:
-        lr = tl.load(lr_bits.to(tl.pointer_type(tl.float64))).to(tl.float32)
+    lr = learning_rate(column(table, LR, tensors, tensor), column(table, LR_KIND, tensors, tensor))
     weight_decay = column(table, WEIGHT_DECAY, tensors, tensor).to(tl.float64, bitcast=True).to(tl.float32)
     learned = tl.exp(tl.load(floats(column(table, PARAM_LOG_LR_MEAN, tensors, tensor))))
     decay = tl.where(weight_decay > 0, tl.minimum(lr * weight_decay * learned, 1.0), 0.0)

@@ -737,6 +737,7 @@ class HRNN(Optimizer):
             numel=numel,
             update=sampled_update,
             places=places,
+            lr=[group["lr"] for group in groups],
             skip=skip,
             scale=plan.scale,
         )

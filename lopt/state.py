@@ -22,8 +22,9 @@ from lopt.config import HRNNConfig
 from lopt.metaparams import MetaParams
 
 FORMATS = ("float32", "compact")
-UNDAMPED = (0.0, 0.0, 1.0)  # `damping` before the first step: moving sum of mean squares, of their weights; factor
-FACTOR = 2  # where the last of these stands
+# `damping` before the first step: sum of mean squares, of their weights; factor of rises.
+UNDAMPED = (0.0, 0.0, 1.0)
+TOTAL, FACTOR = 0, 2  # where the first and the last of these stand
 SAMPLES = 32  # parameters of a tensor from which its distance from the start is estimated
 
 

@@ -20,8 +20,8 @@ from lopt import HRNN, HRNNConfig, MetaParams, backends, native
 from lopt.backends import reference
 from lopt.config import GRADIENT_LIMIT
 from lopt.distributed import real
-from lopt.hrnn import OPTIONS
-from lopt.state import SAMPLES, rows, sampled
+from lopt.hrnn import INIT_LR, OPTIONS
+from lopt.state import FACTOR, SAMPLES, rows, sampled
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -172,16 +172,48 @@ def test_a_group_may_climb_beside_one_that_descends(place):
     assert_same(*map(content, optimizers))
 
 
-def test_lr_multiplies_the_step_and_does_not_enter_the_state(place):
+def test_lr_multiplies_the_step_and_enters_only_what_rates_may_rise_by(place):
     full, half = place.params(), place.params()
     for param in (*full, *half):
         param.data.zero_()
-    optimizers = place.hrnn(full), place.hrnn(half, lr=0.5)
+    optimizers = place.hrnn(full, meta=None), place.hrnn(half, meta=None, lr=0.5)
     for optimizer in optimizers:
         optimizer.step()
     for left, right in zip(full, half, strict=True):
         assert torch.equal(left, 2 * right)
-        assert_same(optimizers[0].state[left], optimizers[1].state[right])
+        state, slowed = dict(optimizers[0].state[left]), dict(optimizers[1].state[right])
+        for name, begin in (("damping", FACTOR), ("distance", 0)):
+            assert torch.equal(state.pop(name)[begin:], 2 * slowed.pop(name)[begin:])
+        assert_same(state, slowed)
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1, torch.tensor(0.02)])
+def test_rates_do_not_run_away_while_steps_are_held_back(place, lr):
+    """Gradients agree while nothing moves; without an eye on lr that looks like steps that are too short."""
+    held, free = place.params((30, 20), (30, 20))
+    free.grad.copy_(held.grad)
+    optimizer = place.hrnn([{"params": [held], "lr": lr}, {"params": [free]}], meta=None)
+    before = held.detach().clone()
+    for _ in range(60):
+        optimizer.step()
+    risen = [float(optimizer.state[param]["log_lr_mean"]) - math.log(INIT_LR) for param in (held, free)]
+    assert risen[1] > 2
+    assert risen[0] < 2 * float(lr) * risen[1] + 0.1
+    assert torch.equal(held, before) == (float(lr) == 0)
+
+
+def test_a_gradient_of_0_at_first_is_no_past_to_average_with(place):
+    (param,) = place.params((5, 4))
+    gradient = param.grad.clone()
+    param.grad.zero_()
+    optimizer = place.hrnn([param], meta=None)
+    before = param.detach().clone()
+    optimizer.step()
+    assert torch.equal(param, before)
+    param.grad.copy_(gradient)
+    optimizer.step()
+    accum = optimizer.state[param]["accum"]
+    assert torch.equal(accum, gradient.float().expand_as(accum))
 
 
 def test_each_group_has_its_own_options(place):
@@ -322,14 +354,15 @@ def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(plac
     assert lowest(held, 0) == lowest(held, 1e9) == math.log(1e-4)
 
 
-def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_order(place):
-    config = HRNNConfig(log_lr_min_steps=1.0, log_lr_min_distance=2.0)
+@pytest.mark.parametrize("lr", [0.5, 2.0])
+def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_order(place, lr):
+    config = HRNNConfig(log_lr_min_steps=1.0, log_lr_min_distance=4.0)
     orders = [(6, 2, 3, 5), (40, 3), (7,), (), (3, 4)]
     params = place.params(*orders) + place.params((9, 2), dtype=torch.complex64)
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
     params[1].data = params[1].data.T.contiguous().T
     starts = [real(param.detach()).clone() for param in params]
-    optimizer = place.hrnn(params, meta=MetaParams.init(config, seed=1), lr=0.5, init_lr=0.01, **FREE)
+    optimizer = place.hrnn(params, meta=MetaParams.init(config, seed=1), lr=lr, init_lr=0.01, **FREE)
     for step in range(6):
         give_gradients(params, step)
         params[4].grad = params[4].grad if step % 2 else None  # what takes part changes, and
@@ -342,9 +375,8 @@ def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_orde
                 continue
             largest, *away = optimizer.state[param]["distance"].cpu().unbind()
             place_of = tuple(torch.from_numpy(sampled(start.shape)).T)
-            expected = ((start - real(param.detach())) / 0.5)[place_of].cpu()
-            # Roundings of parameters below 4, and of as many sums, at half the length.
-            atol = 2 * (step + 1) * 4 * 2**-23
+            expected = ((start - real(param.detach())) / max(lr, 1.0))[place_of].cpu()
+            atol = 2 * (step + 1) * 2 * 2**-23  # roundings of parameters below 4, and of as many sums
             torch.testing.assert_close(torch.stack(away), expected.expand(SAMPLES), rtol=1e-5, atol=atol)
             assert largest >= expected.square().mean().sqrt() - atol
     assert optimizer.state[params[0]]["log_lr"].min() > math.log(0.01)  # the bound is above where rates started

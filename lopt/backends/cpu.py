@@ -137,6 +137,10 @@ def _dense(param: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=param.dtype if param.dtype in DTYPES else torch.float32).copy_(param)
 
 
+def _numbers(lr: Sequence[float | Tensor] | Tensor) -> list[float]:
+    return lr.tolist() if isinstance(lr, Tensor) else list(map(float, lr))
+
+
 @ops.traced("cpu")
 def advance(
     meta: MetaParams,
@@ -200,14 +204,16 @@ def summarise(
     numel: Sequence[int],
     update: Tensor,
     places: Tensor | None,
+    lr: Sequence[float | Tensor] | Tensor,
     skip: Tensor,
     scale: Tensor,
 ) -> None:
-    """Stage 2, per tensor and once; see `lopt.backends.reference.summarise`."""
+    """Stage 2, per tensor and once; see `lopt.backends.reference.summarise`. An operator gives `lr` as one tensor."""
     native.load().summarise(
         _pack(meta),
         list(numel),
         *_summarised(scale)(step, tensor_hidden, log_lr_mean, damping, distance),
+        _numbers(lr),
         global_hidden.data_ptr(),
         sums.data_ptr(),
         update.data_ptr(),
@@ -231,7 +237,7 @@ def apply(
     weight_decay: Sequence[float],
     skip: Tensor,
 ) -> None:
-    """Stage 3, per parameter; see `lopt.backends.reference.apply`. As an operator it gets `lr` as one tensor."""
+    """Stage 3, per parameter; see `lopt.backends.reference.apply`. An operator gives `lr` as one tensor."""
     kept, ordered = _applied(scale), params
     state = kept(log_lr_mean, true_param)
     found = list(map(Tensor.stride, params))
@@ -245,7 +251,7 @@ def apply(
         dtypes,
         list(map(Tensor.numel, ordered)),
         *state,
-        lr.tolist() if isinstance(lr, Tensor) else list(map(float, lr)),
+        _numbers(lr),
         list(weight_decay),
         update.data_ptr(),
         0 if attention_update is None else attention_update.data_ptr(),

@@ -70,6 +70,8 @@ class SummaryColumn(enum.IntEnum):
     DISTANCE = 3  # anything without
     STEP = 4
     NUMEL = 5
+    LR = 6  # bits of a float64, or with LR_DTYPE >= 0 the address of a scalar
+    LR_DTYPE = 7
 
 
 class ApplyColumn(enum.IntEnum):
@@ -83,7 +85,7 @@ class ApplyColumn(enum.IntEnum):
     OFFSET = 5
     CHUNK_FIRST = 6
     CHUNK_SIZE = 7
-    LR = 8  # bits of a float64, or with LR_DTYPE >= 0 the address of a scalar
+    LR = 8  # as of `summarise`
     LR_DTYPE = 9
     WEIGHT_DECAY = 10  # bits of a float64
 
@@ -350,6 +352,28 @@ class Advance:
         return grads, self.table.follow(columns), _one_kind(kinds)
 
 
+class Rates:
+    """The lrs in two columns of a table: tensors on the device by address, as they may change in a captured graph."""
+
+    def __init__(self, column: int, dtype_column: int, device: torch.device) -> None:
+        self._column, self._dtype_column, self._device = column, dtype_column, device
+        self._last: Sequence[float | Tensor] = []  # without tensors, or empty
+
+    def changed(self, lr: Sequence[float | Tensor]) -> dict[int, list[int]]:
+        """The two columns, where they may not be as in the last call."""
+        plain = set(map(type, lr)) <= {float, int}
+        if plain and lr == self._last:
+            return {}
+        self._last = list(lr) if plain else []
+        there = [rate if isinstance(rate, Tensor) and rate.device == self._device else None for rate in lr]
+        rates = _bits([0.0 if tensor is not None else float(rate) for rate, tensor in zip(lr, there, strict=True)])
+        kinds = [-1] * len(rates)
+        for index, tensor in enumerate(there):
+            if tensor is not None:
+                rates[index], kinds[index] = tensor.data_ptr(), _kinds([tensor], "tensor lr")[0]
+        return {self._column: rates, self._dtype_column: kinds}
+
+
 class Summarise:
     """What `summarise` keeps between steps over the same number of tensors."""
 
@@ -361,11 +385,13 @@ class Summarise:
         self.scratch = torch.zeros(self.tensors, stages.summary_size(meta.config), dtype=torch.float32, device=device)
         self.ticket = torch.zeros((), dtype=torch.int32, device=device)
         self.state = Followed()
+        self.lr = Rates(SummaryColumn.LR, SummaryColumn.LR_DTYPE, device)
 
-    def follow(self, state: dict[int, Sequence[Tensor]], numel: list[int]) -> Tensor:
-        """Put this step's addresses into the table; returns it."""
+    def follow(self, state: dict[int, Sequence[Tensor]], numel: list[int], lr: Sequence[float | Tensor]) -> Tensor:
+        """Put this step's addresses and rates into the table; returns it."""
         self.state.stayed(state[SummaryColumn.STEP])
-        return self.table.follow({SummaryColumn.NUMEL: numel, **self.state.changed(state)})
+        columns = {SummaryColumn.NUMEL: numel, **self.state.changed(state), **self.lr.changed(lr)}
+        return self.table.follow(columns)
 
 
 class Apply:
@@ -376,7 +402,7 @@ class Apply:
         self.sizes, self.tensors = sizes, len(params)
         self.state = Followed()
         self.weight_decay: Sequence[float] = []
-        self.lr: Sequence[float | Tensor] = []  # without tensors, or empty
+        self.lr = Rates(ApplyColumn.LR, ApplyColumn.LR_DTYPE, device)
         self.compact_strides: list[tuple[int, ...]] = []  # of parameters that were all found to have no gaps
         self.chunks = Chunks(sizes, stages.chunk_sizes(sizes), device)
         self.table = Table(len(ApplyColumn), len(params), device)
@@ -396,7 +422,6 @@ class Apply:
         log_lr_mean: Sequence[Tensor],
         lr: Sequence[float | Tensor],
         weight_decay: Sequence[float],
-        device: torch.device,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Put this step's addresses and rates into the table.
 
@@ -422,21 +447,8 @@ class Apply:
         if weight_decay != self.weight_decay:
             self.weight_decay = list(weight_decay)
             columns[ApplyColumn.WEIGHT_DECAY] = _bits(weight_decay)
-        plain = set(map(type, lr)) <= {float, int}
-        if not plain or lr != self.lr:
-            self.lr = list(lr) if plain else []
-            columns |= self._rates(lr, device)
+        columns |= self.lr.changed(lr)
         return compact, self.table.follow(columns), _one_kind(kinds)
-
-    def _rates(self, lr: Sequence[float | Tensor], device: torch.device) -> dict[int, list[int]]:
-        """Columns of the table: tensors on the device by address, since they may change in a captured graph."""
-        there = [rate if isinstance(rate, Tensor) and rate.device == device else None for rate in lr]
-        rates = _bits([0.0 if tensor is not None else float(rate) for rate, tensor in zip(lr, there, strict=True)])
-        kinds = [-1] * len(rates)
-        for index, tensor in enumerate(there):
-            if tensor is not None:
-                rates[index], kinds[index] = tensor.data_ptr(), _kinds([tensor], "tensor lr")[0]
-        return {ApplyColumn.LR: rates, ApplyColumn.LR_DTYPE: kinds}
 
 
 Kept = TypeVar("Kept", Advance, Summarise, Apply)
@@ -598,10 +610,11 @@ class Stages:
         numel: list[int],
         update: Tensor,
         places: Tensor | None,
+        lr: Sequence[float | Tensor] | Tensor,
         skip: Tensor,
         scale: Tensor,
     ) -> None:
-        """Stage 2, see lopt.backends.reference.summarise."""
+        """Stage 2, see lopt.backends.reference.summarise. An operator gives `lr` as one tensor."""
         state: dict[int, Sequence[Tensor]] = {
             SummaryColumn.TENSOR_HIDDEN: tensor_hidden or step,
             SummaryColumn.LOG_LR_MEAN: log_lr_mean,
@@ -616,7 +629,7 @@ class Stages:
                 lambda: Summarise(self, meta, sums),
             )
             self._follow_meta(kept, meta)
-            table = kept.follow(state, numel)
+            table = kept.follow(state, numel, list(lr))
             self.launch_summarise(kept, table, sums, global_hidden, update, places, skip, scale)
 
     @torch.no_grad()
@@ -634,11 +647,11 @@ class Stages:
         weight_decay: Sequence[float],
         skip: Tensor,
     ) -> None:
-        """Stage 3, see lopt.backends.reference.apply. As an operator's kernel it gets `lr` as one tensor."""
+        """Stage 3, see lopt.backends.reference.apply. An operator gives `lr` as one tensor."""
         sizes = list(map(Tensor.numel, params))
         with torch.cuda.device_of(update):
             kept = self._keep(update, lambda kept: kept.sizes == sizes, lambda: Apply(self, params, sizes))
-            compact, table, kind = kept.follow(params, true_param, log_lr_mean, list(lr), weight_decay, update.device)
+            compact, table, kind = kept.follow(params, true_param, log_lr_mean, list(lr), weight_decay)
             self.launch_apply(kept, table, kind, update, attention_update, scale, skip)
             for param, moved in zip(params, compact, strict=True):
                 if moved is not param:

@@ -27,7 +27,7 @@ SCHEMAS = {
     "summarise": """(
         str backend, str config, Tensor meta, Tensor sums, Tensor(a!)[] tensor_hidden, Tensor(b!) global_hidden,
         Tensor(c!)[] log_lr_mean, Tensor(d!)[] damping, Tensor(e!)[] distance, Tensor(f!)[] step, *, SymInt[] numel,
-        Tensor update, Tensor? places, Tensor skip, Tensor(g!) scale) -> ()""",
+        Tensor update, Tensor? places, Tensor lr, Tensor skip, Tensor(g!) scale) -> ()""",
     "apply": """(
         str backend, str config, Tensor meta, Tensor(a!)[] params, Tensor(b!)[] true_param, Tensor update,
         Tensor? attention_update, Tensor scale, Tensor[] log_lr_mean, *, Tensor lr,
@@ -72,17 +72,22 @@ def advance(backend: str, meta: MetaParams, *args: Any, **kwargs: Any) -> None:
     torch.ops.lopt.hrnn_advance(backend, meta.config_text, meta.flat(), *args, **kwargs)
 
 
-def summarise(backend: str, meta: MetaParams, *args: Any, **kwargs: Any) -> None:
+def summarise(backend: str, meta: MetaParams, *args: Any, lr: Sequence[float | Tensor] | Tensor, **kwargs: Any) -> None:
     """Stage 2 as one operator; see `lopt.backends.reference.summarise`."""
-    torch.ops.lopt.hrnn_summarise(backend, meta.config_text, meta.flat(), *args, **kwargs)
+    rates = _stacked(lr, kwargs["skip"])
+    torch.ops.lopt.hrnn_summarise(backend, meta.config_text, meta.flat(), *args, lr=rates, **kwargs)
 
 
 def apply(backend: str, meta: MetaParams, *args: Any, lr: Sequence[float | Tensor] | Tensor, **kwargs: Any) -> None:
     """Stage 3 as one operator; see `lopt.backends.reference.apply`."""
-    like = kwargs["skip"]
-    # A number is added, for one that a tensor is made of would be a constant of the graph.
+    rates = _stacked(lr, kwargs["skip"])
+    torch.ops.lopt.hrnn_apply(backend, meta.config_text, meta.flat(), *args, lr=rates, **kwargs)
+
+
+def _stacked(lr: Sequence[float | Tensor] | Tensor, like: Tensor) -> Tensor:
+    """[T]. A number is added, for one that a tensor is made of would be a constant of the graph."""
     rates = [rate.reshape(()).to(like) if isinstance(rate, Tensor) else torch.zeros_like(like) + rate for rate in lr]
-    torch.ops.lopt.hrnn_apply(backend, meta.config_text, meta.flat(), *args, lr=torch.stack(rates), **kwargs)
+    return torch.stack(rates)
 
 
 def traced(backend: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

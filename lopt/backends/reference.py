@@ -35,7 +35,7 @@ from lopt.config import (
     HRNNConfig,
 )
 from lopt.metaparams import MetaParams
-from lopt.state import FACTOR, SAMPLES, UNDAMPED, sampled, strides
+from lopt.state import FACTOR, SAMPLES, TOTAL, UNDAMPED, sampled, strides
 
 STATE_FORMATS = ("float32", "compact")
 
@@ -128,7 +128,7 @@ class FlatState(NamedTuple):
     log_lr_mean: Tensor | None  # [*B, T]
     tensor_hidden: Tensor | None  # [*B, T, H1]
     global_hidden: Tensor | None  # [*B, H2]
-    damping: Tensor | None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor
+    damping: Tensor | None  # [*B, T, 3] of the gradient: moving sum of mean squares, of their weights; factor of rises
     # [*B, T, 1 + SAMPLES] the largest distance from the start; how far some parameters are; where the bound follows it
     distance: Tensor | None
 
@@ -136,8 +136,11 @@ class FlatState(NamedTuple):
         """The same numbers, cut from the graph: what truncation between unrolls does."""
         return FlatState(*(value if value is None else value.detach() for value in self))  # type: ignore[arg-type]
 
-    def after(self, new: Advanced, decays: tuple[Tensor, Tensor], summary: Summary) -> FlatState:
+    def after(self, new: Advanced, decays: tuple[Tensor, Tensor], summary: Summary, segments: Segments) -> FlatState:
         """The state after one more step; `decays` are those read out of the new hidden state."""
+        if summary.damping is not None:
+            seen = segments.expand(has_seen(summary.damping).to(decays[0].dtype))
+            decays = seen * decays[0], seen * decays[1]
         return FlatState(
             hidden=new.hidden,
             accum=new.accum,
@@ -449,7 +452,7 @@ def travel(distance: Tensor, moves: Tensor) -> Tensor:
 
     Args:
         distance: [*B, T, 1 + SAMPLES] the largest distance so far, root mean square; how far each sampled parameter is.
-            Steps are counted as if every lr were 1 and no weight decayed.
+            Steps are counted as if no lr were above 1 and no weight decayed.
         moves: [*B, T, SAMPLES] of the sampled parameters in this step.
 
     Returns:
@@ -478,6 +481,11 @@ def damp(config: HRNNConfig, damping: Tensor, square: Tensor) -> Tensor:
     return torch.stack([total, weight, torch.where(some, factor, 0.0)], -1)
 
 
+def has_seen(damping: Tensor) -> Tensor:
+    """Whether a tensor has had a gradient but 0, without which there is no past: [*B, T, 3] -> [*B, T], bool."""
+    return damping.detach()[..., TOTAL] > 0
+
+
 def summarise_flat(
     meta: Meta,
     config: HRNNConfig,
@@ -488,6 +496,7 @@ def summarise_flat(
     damping: Tensor | None = None,
     distance: Tensor | None = None,
     sample: Tensor | None = None,
+    lr: Tensor | None = None,
 ) -> Summary:
     """Per tensor: GRU over the means of hidden state and features; once: the global GRU over the tensors' new states.
 
@@ -497,7 +506,10 @@ def summarise_flat(
         tensor_hidden: [*B, T, H1], global_hidden: [*B, H2], damping: [*B, T, 3], distance: [*B, T, 1 + SAMPLES]; all
             before the step.
         sample: [*B, T, SAMPLES] updates of sampled parameters, where there is a distance.
+        lr: [*B, T] factor of the steps; None: 1. Who moves less than the learned step sees nothing of what a longer one
+            would do: below 1, the distance grows and, with damping, the learned rates rise that much slower.
     """
+    taken = 1.0 if lr is None else lr.clamp(max=1.0)[..., None]
     columns = sums_columns(config)
     means = sums / numel[:, None]
     if tensor_hidden is not None:
@@ -520,9 +532,10 @@ def summarise_flat(
         assert columns.grad is not None
         damping = damp(config, damping, means[..., columns.grad])
         scale = scale * damping[..., FACTOR, None]
+        damping = torch.cat([damping[..., :FACTOR], taken * damping[..., FACTOR:]], -1)
     if distance is not None:
         assert sample is not None
-        distance = travel(distance, scale[..., :1] * sample)
+        distance = travel(distance, taken * scale[..., :1] * sample)
     log_lr_mean = means[..., columns.log_lr] if dynamic else None
     return Summary(tensor_hidden, global_hidden, log_lr_mean, damping, distance, scale)
 
@@ -556,7 +569,7 @@ def step(
     factor = segments.expand(summary.scale.mT)
     moved = param - factor[..., 0, :] * new.update
     attended = moved if new.attention_update is None else param - factor[..., 1, :] * new.attention_update
-    return moved, attended, state.after(new, read_decays(meta, config, new.hidden), summary)
+    return moved, attended, state.after(new, read_decays(meta, config, new.hidden), summary, segments)
 
 
 def unusable() -> str | None:
@@ -670,7 +683,7 @@ def advance(
     if is_compact:
         old = compact.decode(old, compact.limit(meta), dtype)
     steps = torch.stack(list(step))
-    started = segments.expand(steps > 0)
+    started = segments.expand((steps > 0) & has_seen(torch.stack(list(damping))) if damping else steps > 0)
     grad_decay, scale_decay = (torch.where(started, decay, 0.0) for decay in read_decays(meta, config, old["hidden"]))
     state = FlatState(
         **old,
@@ -716,6 +729,7 @@ def summarise(
     numel: Sequence[int],
     update: Tensor,
     places: Tensor | None,
+    lr: Sequence[float | Tensor] | Tensor,
     skip: Tensor,
     scale: Tensor,
 ) -> None:
@@ -728,6 +742,7 @@ def summarise(
         numel: parameters of each whole tensor.
         update: [n] of `advance`. places: [T, SAMPLES] where in it the updates of `lopt.state.sampled` parameters stand;
             None without distances.
+        lr: per tensor, as in `summarise_flat`.
         skip: [] other than 0: nothing is changed.
         scale: [T, 1 or 2], written: 1 / root mean square of the (attention) direction, damped.
     """
@@ -743,6 +758,7 @@ def summarise(
         torch.stack(list(damping)) if damping else None,
         torch.stack(list(distance)) if distance else None,
         None if places is None else update.take(places),
+        torch.stack([rate.to(sums).reshape(()) if isinstance(rate, Tensor) else sums.new_tensor(rate) for rate in lr]),
     )
     keep = skip != 0
     for index, count in enumerate(step):

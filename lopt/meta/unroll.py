@@ -235,7 +235,7 @@ class Mix:
             distance = travel(distance, scales[0][..., None] * self.segments.sample(new.update))
         log_lr_mean = means[..., columns.log_lr] if config.dynamic_output_scale else None
         summary = Summary(tensor_hidden, global_hidden, log_lr_mean, damping, distance, torch.stack(scales, -1))
-        return moved, attended, state.after(new, read_decays(meta, config, new.hidden), summary)
+        return moved, attended, state.after(new, read_decays(meta, config, new.hidden), summary, self.segments)
 
     def _scale(self, square: Tensor, damping: Tensor | None) -> Tensor:
         """[R, T] mean square of the direction, [R, T, 3] -> [R, T], what an update is multiplied with."""

@@ -70,6 +70,7 @@ class Run:
         skip, numel = torch.zeros(()), [grad.numel() for grad in grads]
         attention = self.updates[1] if self.meta.config.attention else None
         common = {"numel": numel, "skip": skip}
+        lr = options.get("lr", [0.3 if index % 3 == 1 else 1.0 for index in range(len(grads))])
         self.backend.advance(
             self.meta, grads, self.rows("hidden"), self.rows("accum"), self.rows("ms"), self.rows("log_lr"),
             self.rows("step"), self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
@@ -80,10 +81,10 @@ class Run:
         self.backend.summarise(
             self.meta, self.sums, self.rows("tensor_hidden"), self.global_hidden, self.rows("log_lr_mean"),
             self.rows("damping"), self.rows("distance"), self.rows("step"), update=self.updates[0],
-            places=places, scale=self.scale, **common)  # fmt: skip
+            places=places, lr=lr, scale=self.scale, **common)  # fmt: skip
         self.backend.apply(
             self.meta, self.params, self.rows("true_param"), self.updates[0], attention, self.scale,
-            self.rows("log_lr_mean"), lr=options.get("lr", [1.0] * len(grads)),
+            self.rows("log_lr_mean"), lr=lr,
             weight_decay=options.get("weight_decay", [0.01] * len(grads)), skip=skip)  # fmt: skip
 
     def moved(self) -> Tensor:
@@ -210,7 +211,14 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(
         torch.ops.lopt.hrnn_summarise.default,
         (*summarise, rows["step"]),
-        {"numel": [5, 17], "update": buffers["update"], "places": places, "skip": skip, "scale": run.scale},
+        {
+            "numel": [5, 17],
+            "update": buffers["update"],
+            "places": places,
+            "lr": torch.ones(2),
+            "skip": skip,
+            "scale": run.scale,
+        },
     )
     apply = (backend, config, flat, run.params, run.rows("true_param"), buffers["update"], buffers["attention_update"])
     torch.library.opcheck(

@@ -253,6 +253,7 @@ def test_stages_over_lists_equal_the_functional_step(name, generator):
             numel=SIZES,
             update=update,
             places=segments.places if rows("distance") else None,
+            lr=[1.0] * 3,
             skip=skip,
             scale=scale,
         )

@@ -146,7 +146,7 @@ class Stages:
         return [state[name] for state in self.states if name in state]
 
     def step(self, grads: list[Tensor], cast: bool = True) -> None:
-        like = self.updates
+        like, lr = self.updates, [0.3 if index % 3 == 1 else 1.0 for index in range(len(grads))]
         self.backend.advance(
             self.meta,
             [grad.to(like) if cast else grad for grad in grads],
@@ -176,6 +176,7 @@ class Stages:
             numel=self.numel,
             update=self.update,
             places=reference.Segments(self.numel, self.update.device).places if self.rows("distance") else None,
+            lr=lr,
             skip=self.skip,
             scale=self.scale,
         )
@@ -187,7 +188,7 @@ class Stages:
             self.attention_update,
             self.scale,
             self.rows("log_lr_mean"),
-            lr=[1.0] * len(grads),
+            lr=lr,
             weight_decay=[0.1] * len(grads),
             skip=self.skip,
         )

@@ -214,7 +214,7 @@ def unroll(
         summary = reference.summarise_flat(meta, config, new.sums, segments.lengths, *higher, sample)
         theta = theta - segments.expand(summary.scale[..., 0]) * new.update
         loss = loss + theta.square().mean()
-        state = state.after(new, flat.read_decays(meta, config, new.hidden), summary)
+        state = state.after(new, flat.read_decays(meta, config, new.hidden), summary, segments)
     by = meta | {"log_lr": log_lr}
     slopes = torch.autograd.grad(loss, by.values(), allow_unused=True)
     return {name: slope for name, slope in zip(by, slopes, strict=True) if slope is not None}
