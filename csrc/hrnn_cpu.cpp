@@ -456,13 +456,14 @@ void apply_chunk(const ApplyTensor& tensor, const Move& move, const float* updat
                  int64_t begin, int64_t end) {
   void* base = attention_update ? tensor.true_param : tensor.param;
   const Dtype dtype = attention_update ? Dtype::f32 : tensor.dtype;
+  const bool decays = move.decay != 0;  // otherwise infinite parameters stay so
   if (dtype == Dtype::f64) {
     double* param = static_cast<double*>(base);
-    for (int64_t i = begin; i < end; i++) param[i] = param[i] - param[i] * move.decay - move.step * update[i];
+    for (int64_t i = begin; i < end; i++) param[i] = (decays ? param[i] - param[i] * move.decay : param[i]) - move.step * update[i];
     return;
   }
   for_vectors(begin, end, [&](auto whole, int64_t i, int count) {
-    const Vec old = load_any<whole>(dtype, base, i, count), kept = old - old * move.decay;
+    const Vec old = load_any<whole>(dtype, base, i, count), kept = decays ? old - old * move.decay : old;
     const Vec moved = kept - load_lanes<whole>(update + i, count) * move.step;
     if (dtype == Dtype::f32)
       store_lanes<whole>(static_cast<float*>(base) + i, moved, count);
@@ -487,6 +488,7 @@ void apply(const Apply& args) {
   for_chunks(chunks, offset.back(), args.threads, [&](int index) {
     const Chunk& chunk = chunks[index];
     const ApplyTensor& tensor = args.tensors[chunk.tensor];
+    if (tensor.lr == 0 && directions == 1) return;  // to the bit
     const float* scale = args.scale + chunk.tensor * directions;
     const float decay = tensor.weight_decay ? tensor.lr * tensor.weight_decay * std::exp(*tensor.log_lr_mean) : 0;
     const Move move{std::min(decay, 1.f), tensor.lr * scale[0], tensor.lr * scale[directions - 1]};

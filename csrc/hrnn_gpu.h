@@ -875,24 +875,25 @@ LOPT_HD void apply(const B& block, const gpu::Apply& args) {
   const float* const attention_update = attention ? args.attention_update + row.number(ApplyColumn::OFFSET) : nullptr;
   float* const true_param = attention ? row.address<float>(ApplyColumn::TRUE_PARAM) : nullptr;
 
+  const auto kept = [&](auto old) { return decay > 0 ? old - old * decay : old; };  // infinite parameters stay so
   const auto move = [&](auto number, int64_t at) {
     constexpr int P = decltype(number)::parts;
     // Loads come before the arithmetic, so that none waits for another; float64 is rare.
     if constexpr (attention) {
       const auto length = load_pack<P>(Dtype::f32, update, at), attended = load_pack<P>(Dtype::f32, attention_update, at);
-      const auto old = load_pack<P>(Dtype::f32, true_param, at), kept = old - old * decay;
-      store_pack(Dtype::f32, true_param, at, kept - length * step);
-      store_pack(dtype, param, at, kept - attended * attention_step);
+      const auto rest = kept(load_pack<P>(Dtype::f32, true_param, at));
+      store_pack(Dtype::f32, true_param, at, rest - length * step);
+      store_pack(dtype, param, at, rest - attended * attention_step);
     } else if (dtype == Dtype::f64) {
       const auto moved = load_pack<P>(Dtype::f32, update, at) * step;
       double* const to = static_cast<double*>(param) + at;
       LOPT_UNROLL for (int p = 0; p < P; p++) {
         const double old = load_global(to + p);
-        store_global(to + p, (old - old * decay) - moved.part[p]);
+        store_global(to + p, kept(old) - moved.part[p]);
       }
     } else {
       const auto length = load_pack<P>(Dtype::f32, update, at), old = load_pack<P>(dtype, param, at);
-      store_pack(dtype, param, at, (old - old * decay) - length * step);
+      store_pack(dtype, param, at, kept(old) - length * step);
     }
   };
   block.each([&](int thread) {

@@ -1115,7 +1115,7 @@ def apply(
         moved = tl.load(update + shift + offset, mask=mask, other=0.0) * step
         if ATTENTION:
             old = tl.load(true_param + offset, mask=mask, other=0.0)
-            kept = old - old * decay
+            kept = decayed(old, decay)
             attended = kept - tl.load(attention_update + shift + offset, mask=mask, other=0.0) * attention_step
             tl.store(true_param + offset, kept - moved, mask=mask)
             store_kind(param, kind, offset, attended, mask, KIND)
@@ -1126,14 +1126,20 @@ def apply(
                 move_float64(param, offset, moved, decay, mask)
             else:
                 old = load_kind(param, kind, offset, mask, KIND)
-                store_kind(param, kind, offset, (old - old * decay) - moved, mask, KIND)
+                store_kind(param, kind, offset, decayed(old, decay) - moved, mask, KIND)
         else:
             old = load_kind(param, kind, offset, mask, KIND)
-            store_kind(param, kind, offset, (old - old * decay) - moved, mask, KIND)
+            store_kind(param, kind, offset, decayed(old, decay) - moved, mask, KIND)
+
+
+@inlined
+def decayed(old, decay):
+    """Infinite parameters stay so where nothing decays."""
+    return tl.where(decay > 0, old - old * decay, old)
 
 
 @inlined
 def move_float64(param, offset, moved, decay, mask):
     address = param.to(tl.pointer_type(tl.float64)) + offset
     old = tl.load(address, mask=mask, other=0.0)
-    tl.store(address, (old - old * decay.to(tl.float64)) - moved.to(tl.float64), mask=mask)
+    tl.store(address, decayed(old, decay.to(tl.float64)) - moved.to(tl.float64), mask=mask)

@@ -279,7 +279,7 @@ def _gradient(param: Tensor) -> Tensor | None:
             )
         if grad.placements != param.placements:
             grad = grad.redistribute(param.device_mesh, param.placements)
-    return real(local(grad).resolve_neg())
+    return real(local(grad).resolve_neg().resolve_conj())
 
 
 def _peers(params: Sequence[Tensor]) -> dict[Peers, list[int]]:

@@ -159,6 +159,7 @@ class HRNN(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _made = False  # groups are not those of the constructor any more
     nonfinite: str = "skip"
     state_format: str = "float32"
     backend: str | None = None
@@ -213,13 +214,8 @@ class HRNN(Optimizer):
         self._captured: dict[int, _Plan] = {}
         self._prepare()
         super().__init__(params, options)
-        factors = [group["lr"] for group in self.param_groups if not isinstance(group["lr"], Tensor)]
-        if small := [lr for lr in factors if 0 < lr <= LIKELY_A_LEARNING_RATE]:
-            warnings.warn(
-                f"lr={small[0]} multiplies the learned step, which has its own learning rate: leave lr at 1.0. "
-                f"To choose where the learned rate starts, pass init_lr={small[0]}.",
-                stacklevel=2,
-            )
+        _warn_of_small(self.param_groups)
+        self._made = True
 
     def _prepare(self) -> None:
         """Set what follows from the meta-parameters and is not saved."""
@@ -292,6 +288,8 @@ class HRNN(Optimizer):
         first = sorted({param: index for index, param in reversed(list(enumerate(group["params"])))}.values())
         for key in group.keys() & {"params", "param_names"}:
             group[key] = [group[key][index] for index in first]
+        if self._made:
+            _warn_of_small([group])
 
     def _bound(self) -> None:
         """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
@@ -315,6 +313,7 @@ class HRNN(Optimizer):
         self.__dict__.setdefault("_captured", {})
         self.__dict__.setdefault("_given", (self.meta, False))
         self._prepare()
+        self._made = True
         for options in (self.defaults, *self.param_groups):
             for name, default in OPTIONS.items():
                 options.setdefault(name, self.defaults.get(name, default))
@@ -341,6 +340,8 @@ class HRNN(Optimizer):
                     f"the groups to load have {found} and nothing of HRNN's: they were saved by another optimizer, "
                     f"with other learning rates. Load the model alone"
                 )
+            for group in state_dict["param_groups"]:
+                _check_group({**self.defaults, **group})
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
@@ -571,8 +572,13 @@ class HRNN(Optimizer):
             numel, hidden = param.numel(), state["hidden"]
             if numel == 0:
                 continue
-            if grad.is_neg():  # kernels read memory, where the sign is another
-                grad = grad.resolve_neg()
+            if grad.numel() != numel:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: it was "
+                    f"given other values after backward. Set its grad to None then"
+                )
+            if grad.is_neg() or grad.is_conj():  # kernels read memory, where the sign is another
+                grad = grad.resolve_neg().resolve_conj()
             if hidden.stride() != (numel, *param.stride()) or hidden.device != param.device:
                 has_complex |= param.is_complex()
                 self._fit_state(real(param), state)
@@ -770,6 +776,10 @@ class HRNN(Optimizer):
             kept = next((index for index, plan in enumerate(plans) if plan.fits(sizes, orders)), None)
             if kept is None and capturing:
                 raise _unprepared()
+            if kept is None and not torch.compiler.is_compiling():  # state may have gone that they alone hold
+                for plan in plans:
+                    if id(plan) not in self._captured:
+                        plan.backend.release(plan.update, plan.sums, plan.scale)
             plans.insert(0, self._make_plan(device, sizes, orders, shards) if kept is None else plans.pop(kept))
             del plans[PLANS:]
         if capturing:
@@ -863,6 +873,8 @@ def _rates(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> lis
     rates: list[float | Tensor] = []
     for group, inputs in zip(groups, fan_in, strict=True):
         lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:  # before anything has moved
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
         factor = shortening(inputs, matrices, group["base_fan_in"], group["base_depth"])
         if factor < 1:
             if isinstance(lr, Tensor):  # one launch for each of a few widths
@@ -922,6 +934,17 @@ def _bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) 
 def _check_format(state_format: str) -> None:
     if state_format not in FORMATS:
         raise ValueError(f"state_format={state_format!r} must be one of {', '.join(FORMATS)}")
+
+
+def _warn_of_small(groups: Sequence[Group]) -> None:
+    """Warn of an lr that looks like another optimizer's."""
+    factors = [group["lr"] for group in groups if not isinstance(group["lr"], Tensor)]
+    if small := [lr for lr in factors if 0 < lr <= LIKELY_A_LEARNING_RATE]:
+        warnings.warn(
+            f"lr={small[0]} multiplies the learned step, which has its own learning rate: leave lr at 1.0. "
+            f"To choose where the learned rate starts, pass init_lr={small[0]}.",
+            stacklevel=3,
+        )
 
 
 def _is(value: Any, in_range: Callable[[Any], bool]) -> bool:

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import gc
 import io
 import math
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -214,6 +216,82 @@ def test_a_gradient_of_0_at_first_is_no_past_to_average_with(place):
     optimizer.step()
     accum = optimizer.state[param]["accum"]
     assert torch.equal(accum, gradient.float().expand_as(accum))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lr_0_leaves_every_number_as_it_is(place, weight_decay):
+    numbers = torch.tensor([1.0, -math.inf, math.inf, 1e-40, math.nan])
+    params = [nn.Parameter(numbers.to(place.device, dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    before = [param.detach().clone() for param in params]
+    optimizer = place.hrnn(params, lr=0.0, weight_decay=weight_decay)
+    train(optimizer, 2)
+    for param, old in zip(params, before, strict=True):
+        torch.testing.assert_close(param.detach(), old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_infinite_parameters_stay_where_nothing_decays(place):
+    param = nn.Parameter(torch.tensor([1.0, -math.inf, math.inf], device=place.device))
+    train(place.hrnn([param]), 2)
+    assert param.isfinite().tolist() == [True, False, False] and not param.isnan().any()
+
+
+def test_a_gradient_of_another_size_than_its_parameter_is_refused(place):
+    param = nn.Parameter(torch.zeros(3, device=place.device))
+    param.grad = torch.ones_like(param)
+    param.data = torch.zeros(5, device=place.device)
+    optimizer = place.hrnn([param])
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) has a gradient of shape \(3,\)"):
+        optimizer.step()
+
+
+def test_a_conjugate_view_is_a_gradient_too(place):
+    value = torch.randn(4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).to(place.device)
+    left, right = (nn.Parameter(value.clone()) for _ in range(2))
+    left.grad, right.grad = value.conj(), value.conj().resolve_conj()
+    assert left.grad.is_conj()
+    for param in (left, right):
+        place.hrnn([param]).step()
+    assert torch.equal(left, right)
+
+
+def test_state_that_was_removed_is_freed(place):
+    body, head = place.params((40, 30), (5,))
+    optimizer = place.hrnn([{"params": [body]}, {"params": [head]}])
+    optimizer.step()
+    hidden = weakref.ref(optimizer.state[body]["hidden"])
+    del optimizer.state[body], optimizer.param_groups[0]
+    optimizer.step()
+    gc.collect()
+    assert hidden() is None
+
+
+def test_a_learning_rate_in_a_later_group_is_warned_of(place):
+    first, second = place.params((3,), (2,))
+    optimizer = place.hrnn([first])
+    with pytest.warns(UserWarning, match="lr=0.001 multiplies the learned step"):
+        optimizer.add_param_group({"params": [second], "lr": 1e-3})
+
+
+@pytest.mark.parametrize(("name", "value"), [("init_lr", 0.0), ("lr", -3.0), ("weight_decay", math.nan)])
+def test_a_state_with_options_out_of_range_is_refused_and_nothing_lost(place, name, value):
+    optimizer = place.hrnn(place.params())
+    optimizer.step()
+    saved, before = optimizer.state_dict(), content(optimizer)
+    saved["param_groups"][0][name] = value
+    with pytest.raises(ValueError, match="Invalid"):
+        optimizer.load_state_dict(saved)
+    assert_same(before, content(optimizer))
+    assert optimizer.param_groups[0][name] != value
+
+
+def test_an_lr_of_several_elements_is_refused_before_anything_has_moved(place):
+    optimizer = place.hrnn(place.params())
+    optimizer.step()
+    before = content(optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
+        optimizer.step()
+    assert_same(before, content(optimizer))
 
 
 def test_each_group_has_its_own_options(place):

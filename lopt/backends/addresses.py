@@ -43,6 +43,10 @@ class Followed:
         self._columns: dict[int, tuple[Tensor, ...]] = {}
         self._first: list[int] = []
 
+    def release(self) -> None:
+        """Forget them, so that they live no longer than elsewhere."""
+        self._columns, self._first = {}, []
+
     def stayed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors are where they were in the last call; if not, all columns count as changed."""
         first = addresses(tensors)

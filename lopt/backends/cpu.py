@@ -11,6 +11,7 @@ Tests: tests/backends/test_cpu.py, tests/csrc/test_simd.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import os
 import weakref
@@ -66,6 +67,10 @@ class _Memo(Generic[Made]):
             made[key] = weakref.ref(owner, lambda _: made.pop(key, None)), self._make(owner)
         return made[key][1]
 
+    def known(self, owner: Any) -> Made | None:
+        """What was made for it, or None."""
+        return self._made.get(id(owner), (None, None))[1]
+
 
 @_Memo
 def _pack(meta: MetaParams) -> Any:
@@ -116,8 +121,19 @@ class _Kept:
         self._lists = lists if all(isinstance(tensors, tuple) for tensors in lists) else ()
         return self._addresses
 
+    def release(self) -> None:
+        self._followed.release()
+        self._lists, self._addresses = (), []
+
 
 _advanced, _summarised, _applied = _Memo(_Kept), _Memo(_Kept), _Memo(_Kept)  # of a stage's buffer
+
+
+def release(*buffers: Tensor) -> None:
+    """See `lopt.backends.reference.release`."""
+    for memo, buffer in itertools.product((_advanced, _summarised, _applied), buffers):
+        if (kept := memo.known(buffer)) is not None:
+            kept.release()
 
 
 def _ordered(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -226,4 +226,4 @@ class Stages(gpu.Stages):
         native.load().gpu_apply(*_where(update), arguments)
 
 
-advance, summarise, apply = Stages().functions()
+advance, summarise, apply, release = Stages().functions()

@@ -464,9 +464,9 @@ class Stages:
         self._packed: list[tuple[MetaParams, Any]] = []  # the last used first
 
     def functions(self) -> tuple[Callable[..., None], ...]:
-        """`advance`, `summarise` and `apply` as a backend's module has them."""
+        """`advance`, `summarise`, `apply` and `release` as a backend's module has them."""
         traced = ops.traced(self.name)
-        return traced(self.advance), traced(self.summarise), traced(self.apply)
+        return traced(self.advance), traced(self.summarise), traced(self.apply), self.release
 
     def pack(self, meta: MetaParams) -> Any:
         """Meta-parameters as the kernels read them, on their device."""
@@ -531,6 +531,12 @@ class Stages:
         if kept is None or not fits(kept):
             kept = self._kept[buffer] = make()
         return kept
+
+    def release(self, *buffers: Tensor) -> None:
+        """See `lopt.backends.reference.release`."""
+        for buffer in buffers:
+            if (kept := self._kept.get(buffer)) is not None:
+                kept.state.release()
 
     def packed(self, meta: MetaParams) -> Any:
         """What `pack` makes of meta-parameters, once for those in use: it costs many launches and waits for them."""

@@ -582,6 +582,10 @@ def unsupported(config: HRNNConfig) -> str | None:
     return None
 
 
+def release(*buffers: Tensor) -> None:
+    """Keep no state alive for the sake of a next step with these buffers of the stages; nothing is kept here."""
+
+
 def _flatten(tensors: Sequence[Tensor], size: int | None) -> Tensor:
     """[size, *shape] each -> [size, n], or [*shape] each -> [n]."""
     if size is None:
@@ -813,7 +817,8 @@ def apply(
         decayed = old
         if weight_decay[index]:
             learned = torch.exp(log_lr_mean[index]) if log_lr_mean else torch.ones_like(skip)
-            decayed = old - old * torch.clamp(rate * weight_decay[index] * learned, max=1.0)
+            decay = torch.clamp(rate * weight_decay[index] * learned, max=1.0)
+            decayed = torch.where(decay > 0, old - old * decay, old)  # an infinite parameter stays so
         moved = decayed - rate * scale[index, 0] * updates[index]
         if attention_updates:
             attended = decayed - rate * scale[index, 1] * attention_updates[index]

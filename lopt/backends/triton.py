@@ -287,4 +287,4 @@ class Stages(gpu.Stages):
         )
 
 
-advance, summarise, apply = Stages().functions()
+advance, summarise, apply, release = Stages().functions()
