@@ -58,7 +58,7 @@ class HRNNConfig:
             loss has almost vanished, damping is what keeps it there. A parameter that has had no gradient but 0 stays:
             without damping it would follow the direction of its tensor's other parameters. 0: none, as in the paper.
         damping_decay: of that moving average.
-        init_lr_range: meta-training draws initial learning rates log-uniformly around this range.
+        init_lr_range: the original drew initial learning rates log-uniformly in it; `lopt.meta` has `Augment.lr`.
         global_input: what the global GRU reads of the tensors' new states: their "mean" (the paper), or the "last"
             tensor's alone (what the original code does; the result then depends on the order of the tensors).
 

@@ -302,7 +302,7 @@ class MetaParams(Mapping[str, Tensor]):
         """Read meta-parameters from a folder or, through huggingface_hub, from a repository "user/name" of the hub.
 
         Args:
-            name: a folder, or the name of a repository.
+            name: a folder, the name of a repository, or of shipped weights.
             file: name of the safetensors file in it.
             revision: branch, tag or commit of the repository; its main branch by default.
             token: of the hub, for private repositories; the one logged in with by default.
@@ -313,6 +313,8 @@ class MetaParams(Mapping[str, Tensor]):
             ConnectionError: the hub cannot be reached, and the file is not in the cache.
             ImportError: a repository is asked for and huggingface_hub is not installed.
         """
+        if isinstance(name, str) and name in (shipped := cls.shipped()) and not Path(name).is_dir():
+            return cls.load(shipped[name])
         return cls.load(hub.find(name, file=file, revision=revision, token=token))
 
     def push_to_hub(
@@ -384,7 +386,8 @@ class MetaParams(Mapping[str, Tensor]):
         if not Path(meta).is_file():
             raise FileNotFoundError(
                 f"meta={str(meta)!r} is neither a file nor the name of shipped weights; "
-                f"shipped: {', '.join(shipped) or 'none'}"
+                f"shipped: {', '.join(shipped) or 'none'}. From a folder or the Hugging Face Hub: "
+                f"MetaParams.from_pretrained"
             )
         return cls.load(meta)
 

@@ -47,11 +47,13 @@ from lopt.train.stop import StopRequest
 COLUMNS = (
     "meta_step",  # of the whole run
     "stage",
-    "meta_loss",  # mean since the last row; natural log of the loss relative to the start
+    # Mean since the last row; natural log of the loss relative to the task's start. It falls as the tasks of a stage,
+    # new at first, grow older: validation tells what was learned.
+    "meta_loss",
     "grad_norm",  # median since the last row, before clipping
     "lr",
     "task_steps_per_second",
-    "seconds",
+    "seconds",  # of meta-steps, without validation
     "valid_final",  # see validate.Scores; mean over the validation tasks; empty where the row is no validation
     "valid_area",
 )
@@ -236,6 +238,11 @@ class MetaTraining:
             self._begin_stage()
         return estimate
 
+    def _start_row(self) -> None:
+        """The row of meta-step 0: what the run begins with, which it may leave as the best there is."""
+        valid = self._validated()
+        self.rows.append([0, "start", "", "", "", "", 0.0, *(round(score, 5) for score in valid)])
+
     def _row(self, stage: Stage, lr: float, valid: tuple[float, float] | None) -> None:
         losses, norms, counts = zip(*self.pending, strict=True)
         median = torch.tensor(norms).median().item()
@@ -330,6 +337,12 @@ class MetaTraining:
         saved = time.perf_counter()
         scalars = Scalars(folder / "tensorboard", SCALARS, self.done)
         with bar, contextlib.closing(scalars):
+            if not self.rows and not self.done:
+                bar.set_description_str("validation")
+                self._start_row()
+                if first:
+                    self._keep_best(folder)
+                    scalars.add(0, dict(zip(COLUMNS, self.rows[-1], strict=True)))
             (stopped,) = self.group.any([stop.received is not None])
             while not (self.finished or stopped):
                 name, rows = self._current.name, len(self.rows)
@@ -401,14 +414,16 @@ def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     training, validation = figure.subplots(1, 2)
     for name in dict.fromkeys(row[1] for row in rows):
-        own = [row for row in rows if row[1] == name]
+        own = [row for row in rows if row[1] == name and row[2] != ""]
+        if not own:
+            continue
         training.plot([row[0] for row in own], [row[2] for row in own], label=name)
     tested = [row for row in rows if row[7] != ""]
     for column, label in ((7, "at the end"), (8, "mean over the steps")):
         validation.plot(
             [row[0] for row in tested], [row[column] for row in tested], marker="o", markersize=3, label=label
         )
-    training.set_title("Meta-loss, each stage its own")
+    training.set_title("Meta-loss of a stage's tasks, which grow older")
     validation.set_title(f"Validation tasks, {VALID_STEPS} steps")
     for axes in (training, validation):
         axes.set(xlabel="meta-step", ylabel="log(loss / loss at the start)")

@@ -57,7 +57,7 @@ def checked_device(name: str | None) -> str:
     """The name of a device that can be used; None: a GPU if there is one. Raises TrainError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=parallel.own_device(name))
+        torch.empty(1, device=parallel.own_device(name)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrainError(f"device {name!r} cannot be used ({reason}): choose another --device, such as cpu") from error

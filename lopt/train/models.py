@@ -131,7 +131,13 @@ def _pytorchcv(name: str, classes: int, image_size: int | None) -> tuple[nn.Modu
         )
     make = getattr(_import(f"pytorchcv.models.{homes[0]}", name), name)
     try:
-        model = make(num_classes=classes)
+        try:
+            model = make(num_classes=classes)
+        except AssertionError:  # those for CIFAR are made for its 10 or 100 classes alone
+            model = make()
+            if not isinstance(getattr(model, "output", None), nn.Linear):
+                raise
+            model.output = nn.Linear(model.output.in_features, classes)
     except (TypeError, ValueError, AssertionError) as error:
         reason = f"{type(error).__name__} {error}".strip()
         raise TrainError(

@@ -87,7 +87,9 @@ def test_two_processes_equal_one_with_all_rows_also_when_resumed(tmp_path, monke
     # Sums of other lengths round otherwise; Adam makes of that up to lr per step where a gradient is about zero.
     difference = (one.flat - state["flat"]).abs()
     assert difference.median() < 1e-6 and difference.max() < 0.02 * moved
-    for ours, theirs in zip(one.rows, state["rows"], strict=True):
+    start, *rows = state["rows"]
+    assert start[:2] == [0, "start"]
+    for ours, theirs in zip(one.rows, rows, strict=True):
         assert ours[2] == pytest.approx(theirs[2], rel=1e-3)
     with pytest.raises(TrainError, match="nproc-per-node 2"):
         MetaTraining(tiny(), 0).load_state_dict(state)

@@ -203,7 +203,7 @@ def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path,
     assert cli.main(["meta-train", "--tasks", "my_valley:Valley", "--out", str(out), "--seed", "3"]) == 0
     header, *rows = (out / "metrics.csv").read_text().splitlines()
     assert header == ",".join(COLUMNS)
-    assert [row.split(",")[1] for row in rows] == ["first", "second", "second", "third"]
+    assert [row.split(",")[1] for row in rows] == ["start", "first", "second", "second", "third"]
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "metrics.csv",
@@ -249,6 +249,19 @@ class NoLoss(Task):
     shapes = ((3,),)
 class Empty(Base):
     shapes = ((3,), (0, 2))
+class Flat(Base):
+    shapes = (3,)
+class Mean(Base):
+    def loss(self, params, data):
+        return super().loss(params, data).mean().expand(len(params[0]))
+class Double(Base):
+    def loss(self, params, data):
+        return super().loss(params, data).double()
+class OwnNumbers(Base):
+    def instance(self, count, random):
+        return {"scale": 1 + torch.rand(count)}
+    def loss(self, params, data):
+        return data["scale"] * super().loss(params, data)
 class Total(Base):
     def loss(self, params, data):
         return super().loss(params, data).sum()
@@ -278,9 +291,13 @@ class Needs(Base):
     [
         ("NoLoss", "NoLoss has no method loss"),
         ("Empty", "at least one value"),
-        ("Total", r"tensor of shape (2,), got shape ()"),
+        ("Flat", "a tuple of shapes such as ((8, 4), (4,)), got (3,)"),
+        ("Total", r"tensor of shape (4,), got shape ()"),
+        ("Mean", "take no mean or sum over copies"),
+        ("Double", "dtype torch.float32, got torch.float64"),
+        ("OwnNumbers", "loss differs between copies that are given the same random numbers"),
         ("Unused", "does not depend on parameter tensor 1"),
-        ("Start", "must return tensors of shapes [(2, 3), (2, 2, 2)], got [(2, 3)]"),
+        ("Start", "must return tensors of shapes [(4, 3), (4, 2, 2)], got [(4, 3)]"),
         ("Data", "got function: keep other things in the task itself"),
         ("Fails", "KeyError: 'x'"),
         ("Below", "loss must be positive"),

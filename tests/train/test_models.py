@@ -79,6 +79,18 @@ def test_another_image_size_leaves_the_native_result_unchanged() -> None:
     assert native == 32
     torch.testing.assert_close(other(images), model(images), rtol=1e-12, atol=1e-12)
     assert other(torch.zeros(1, 3, 48, 48, dtype=torch.float64)).shape == (1, 10)
+
+
+@needs_pytorchcv
+def test_a_model_made_for_ten_classes_takes_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = build("resnet20_cifar10", classes=7, channels=3, image_size=None)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+    def fails(num_classes: int = 10) -> torch.nn.Module:
+        assert num_classes in (10, 100)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("pytorchcv.models.resnet_cifar.resnet20_cifar10", fails)
     with pytest.raises(TrainError, match="for 7 classes"):
         build("resnet20_cifar10", classes=7, channels=3, image_size=None)
 

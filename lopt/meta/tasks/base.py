@@ -112,12 +112,14 @@ class Task:
 
 
 def try_out(task: Task) -> None:
-    """Take one step's loss and gradient of two copies.
+    """Take one step's loss and gradient of two pairs of copies, as an estimator does.
 
     Raises:
         ValueError: something about the task is not as `Task` says; the message names it.
     """
-    count, random = 2, Random(torch.Generator().manual_seed(0))
+    count, random = 4, Random(torch.Generator().manual_seed(0), repeat=2)
+    if not all(isinstance(shape, Sequence) for shape in task.shapes):
+        raise ValueError(f"shapes must be a tuple of shapes such as ((8, 4), (4,)), got {task.shapes}")
     if not task.shapes or min(task.sizes) < 1:
         raise ValueError(f"shapes must be those of parameter tensors of at least one value, got {task.shapes}")
     data = task.instance(count, random)
@@ -135,9 +137,21 @@ def try_out(task: Task) -> None:
             f"loss must be positive, for what counts is its logarithm relative to the start; at the start it is "
             f"{loss.detach().tolist()}: add what its lowest value is below zero"
         )
+    if loss.dtype != params[0].dtype:
+        raise ValueError(f"loss must have the parameters' dtype {params[0].dtype}, got {loss.dtype}: cast the data")
+    firsts = torch.autograd.grad(loss[0], params, allow_unused=True, retain_graph=True)
+    if any(grad is not None and grad[1:].any() for grad in firsts):
+        raise ValueError("the loss of one copy depends on the parameters of another: take no mean or sum over copies")
     grads = torch.autograd.grad(loss.sum(), params, allow_unused=True)
     if unused := [index for index, grad in enumerate(grads) if grad is None]:
         raise ValueError(f"loss does not depend on parameter tensor {unused[0]}: leave it out of shapes")
+    for name, values in (("start", params), ("loss", [loss]), ("corrupt", task.corrupt(list(grads), random))):
+        halves = [value.detach().chunk(2) for value in values]
+        if not all(torch.allclose(left, right, rtol=1e-3, equal_nan=True) for left, right in halves):
+            raise ValueError(
+                f"{name} differs between copies that are given the same random numbers: draw all of them from the "
+                f"argument `random`"
+            )
 
 
 def _check_data(data: Data) -> None:
