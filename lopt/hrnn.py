@@ -225,6 +225,7 @@ class HRNN(Optimizer):
         self._read_state = operator.itemgetter(*names)
         self._listed: _Listed | None = None
         self._plans: dict[torch.device, list[_Plan]] = {}  # the last used first
+        self._states = 0  # parameters that had state when the plan last changed
         self._metas: dict[torch.device, MetaParams] = {}  # the meta-parameters there, one vector, as operators take it
         self._sharded: bool | None = None  # whether a parameter is a DTensor; found out at the next step
 
@@ -327,7 +328,8 @@ class HRNN(Optimizer):
         The state stays float32, or compact, whatever the parameters' dtype is.
 
         Raises:
-            ValueError: the groups do not match, or are another optimizer's or of other meta-parameters, or a state has
+            ValueError: the groups do not match, or are another optimizer's or of other meta-parameters, or an option is
+                out of range, or a state has
                 another architecture or shape; nothing is changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
@@ -342,7 +344,7 @@ class HRNN(Optimizer):
                     f"with other learning rates. Load the model alone"
                 )
             for group in state_dict["param_groups"]:
-                _check_group({**self.defaults, **group})
+                _check_group({**self.defaults, **group, "lr": 1.0})  # schedules end at just below 0 at times
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
@@ -455,8 +457,10 @@ class HRNN(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, the requested backend cannot run here, the optimizer is in `eval` mode
-                while using attention, or, with nonfinite="raise", a gradient is not finite. Nothing has moved then.
+            RuntimeError: a gradient is sparse or of another size than its parameter, the requested backend cannot run
+                here, the optimizer is in `eval` mode while using attention, or, with nonfinite="raise", a gradient is
+                not finite. Nothing has moved then.
+            ValueError: a tensor lr has several elements. Nothing has moved then.
             TypeError: a parameter with a gradient is not of a floating or complex dtype.
         """
         loss = None
@@ -574,10 +578,7 @@ class HRNN(Optimizer):
             if numel == 0:
                 continue
             if grad.numel() != numel:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}: it was "
-                    f"given other values after backward. Set its grad to None then"
-                )
+                raise _stale(param)
             if grad.is_neg() or grad.is_conj():  # kernels read memory, where the sign is another
                 grad = grad.resolve_neg().resolve_conj()
             if hidden.stride() != (numel, *param.stride()) or hidden.device != param.device:
@@ -640,8 +641,11 @@ class HRNN(Optimizer):
     def _agree(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> Shards:
         """Find out, with all processes, what takes part in this step. They raise together at a non-finite gradient."""
         params = [param for group in self.param_groups for param in group["params"]]
-        if any(param.grad is not None and param.grad.layout is not torch.strided for param in params):
-            raise _sparse()
+        for param in params:
+            if param.grad is not None and param.grad.layout is not torch.strided:
+                raise _sparse()
+            if param.grad is not None and param.grad.numel() != param.numel():
+                raise _stale(param)
         capturable = all(group["capturable"] for group in self.param_groups)
         shards = distributed.agree(params, found_inf, grad_scale, exchange=not capturable)
         if self.nonfinite == "raise" and found_inf is None and shards.skip:
@@ -777,8 +781,9 @@ class HRNN(Optimizer):
             kept = next((index for index, plan in enumerate(plans) if plan.fits(sizes, orders)), None)
             if kept is None and capturing:
                 raise _unprepared()
-            if kept is None and not torch.compiler.is_compiling():  # state may have gone that they alone hold
-                for plan in plans:
+            states, self._states = self._states, len(self.state)
+            if (kept is None or len(self.state) < states) and not torch.compiler.is_compiling():
+                for plan in plans:  # state may have gone that they alone hold
                     if id(plan) not in self._captured:
                         plan.backend.release(plan.update, plan.sums, plan.scale)
             plans.insert(0, self._make_plan(device, sizes, orders, shards) if kept is None else plans.pop(kept))
@@ -859,6 +864,14 @@ def _sparse() -> RuntimeError:
     return RuntimeError(
         "HRNN does not support sparse gradients: use sparse=False in the embedding, or another optimizer for its "
         "parameters"
+    )
+
+
+def _stale(param: Tensor) -> RuntimeError:
+    assert param.grad is not None
+    return RuntimeError(
+        f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(param.grad.shape)}: it was given "
+        f"other values after backward. Set its grad to None then"
     )
 
 

@@ -21,6 +21,7 @@ EXAMPLES = int(os.environ.get("LOPT_FUZZ_EXAMPLES", "2000"))
 METAS = {
     "paper": MetaParams.init(HRNNConfig(), seed=1),
     "attention": MetaParams.init(HRNNConfig(attention=True), seed=2),
+    "shipped": MetaParams.resolve(None),
     "wild": MetaParams.init(HRNNConfig(), seed=3).map(lambda tensor: 4 * tensor),  # saturated gates, long steps
 }
 BACKENDS = [

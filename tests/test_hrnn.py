@@ -254,9 +254,14 @@ def test_a_conjugate_view_is_a_gradient_too(place):
     assert torch.equal(left, right)
 
 
-def test_state_that_was_removed_is_freed(place):
+@pytest.mark.parametrize("head_first", [False, True])
+def test_state_that_was_removed_is_freed(place, head_first):
     body, head = place.params((40, 30), (5,))
     optimizer = place.hrnn([{"params": [body]}, {"params": [head]}])
+    if head_first:
+        gradient, body.grad = body.grad, None
+        optimizer.step()
+        body.grad = gradient
     optimizer.step()
     hidden = weakref.ref(optimizer.state[body]["hidden"])
     del optimizer.state[body], optimizer.param_groups[0]
@@ -272,7 +277,7 @@ def test_a_learning_rate_in_a_later_group_is_warned_of(place):
         optimizer.add_param_group({"params": [second], "lr": 1e-3})
 
 
-@pytest.mark.parametrize(("name", "value"), [("init_lr", 0.0), ("lr", -3.0), ("weight_decay", math.nan)])
+@pytest.mark.parametrize(("name", "value"), [("init_lr", 0.0), ("weight_decay", math.nan)])
 def test_a_state_with_options_out_of_range_is_refused_and_nothing_lost(place, name, value):
     optimizer = place.hrnn(place.params())
     optimizer.step()
@@ -282,6 +287,21 @@ def test_a_state_with_options_out_of_range_is_refused_and_nothing_lost(place, na
         optimizer.load_state_dict(saved)
     assert_same(before, content(optimizer))
     assert optimizer.param_groups[0][name] != value
+
+
+def test_a_schedule_that_ends_just_below_0_can_be_saved_and_loaded(place):
+    optimizer = place.hrnn(place.params(), meta=None)
+    schedule = lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, 10)
+    for step in range(10):
+        train(optimizer, range(step, step + 1))
+        schedule.step()
+    assert -1e-15 < optimizer.param_groups[0]["lr"] < 0
+    before = [state["damping"][FACTOR].item() for state in optimizer.state.values()]
+    train(optimizer, range(10, 11))
+    assert all(state["damping"][FACTOR] == 0 for state in optimizer.state.values()) and max(before) > 0
+    other = place.hrnn(place.params(), meta=None)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
 def test_an_lr_of_several_elements_is_refused_before_anything_has_moved(place):
@@ -1582,7 +1602,7 @@ def test_every_scheduler_of_torch_is_tried_below():
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_scheduled_lr_is_the_one_used(place, name):
     """Displacements of a run under a schedule equal those of a run where lr is set by hand."""
-    scheduled, by_hand = place.hrnn(place.params()), place.hrnn(place.params())
+    scheduled, by_hand = place.hrnn(place.params(), meta=None), place.hrnn(place.params(), meta=None)
     scheduler, factors = SCHEDULERS[name](scheduled), []
     for step in range(6):
         by_hand.param_groups[0]["lr"] = float(scheduled.param_groups[0]["lr"])
@@ -1597,7 +1617,7 @@ def test_scheduled_lr_is_the_one_used(place, name):
 def test_a_schedule_of_a_tensor_lr_equals_that_of_a_float(place):
     runs = []
     for lr in (1.0, torch.tensor(1.0)):
-        optimizer = place.hrnn(place.params(), lr=lr)
+        optimizer = place.hrnn(place.params(), meta=None, lr=lr)
         scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)  # exact in float32
         for step in range(4):
             train(optimizer, range(step, step + 1))

@@ -509,7 +509,7 @@ def summarise_flat(
         lr: [*B, T] factor of the steps; None: 1. Who moves less than the learned step sees nothing of what a longer one
             would do: below 1, the distance grows and, with damping, the learned rates rise that much slower.
     """
-    taken = 1.0 if lr is None else lr.clamp(max=1.0)[..., None]
+    taken = 1.0 if lr is None else lr.clamp(0.0, 1.0)[..., None]
     columns = sums_columns(config)
     means = sums / numel[:, None]
     if tensor_hidden is not None:

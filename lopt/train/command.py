@@ -234,6 +234,8 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
     stored = Config.load(args.resume / "config.json")
     if stored.crop is None and stored.data not in NAMED:  # of a version that had but one
         stored = replace(stored, crop=CROPS[0])
+    if stored.schedule is None:  # of a version that left it to the optimizer
+        stored = replace(stored, schedule=OPTIMIZERS[stored.optimizer].schedule, schedule_for_all=False)
     _check_own(args, stored.optimizer, args.compare or stored.compare)
     if args.epochs is not None:
         args.steps = args.epochs * (stored.train_images // stored.batch_size)

@@ -117,6 +117,7 @@ class Stages:
         self.sums = torch.zeros(len(shapes), columns, device=device, dtype=dtype)
         self.scale = torch.zeros(len(shapes), directions, device=device, dtype=dtype)
         self.skip = torch.zeros((), device=device)
+        self.steps = 0
 
     def start_amid_a_run(self) -> None:
         """Set every state but the last tensor's to one that a run could have come to."""
@@ -146,7 +147,10 @@ class Stages:
         return [state[name] for state in self.states if name in state]
 
     def step(self, grads: list[Tensor], cast: bool = True) -> None:
-        like, lr = self.updates, [0.3 if index % 3 == 1 else 1.0 for index in range(len(grads))]
+        like, self.steps = self.updates, self.steps + 1
+        lr: list[float | Tensor] = [1.0] * len(grads)
+        lr[1::3] = [0.3 / self.steps] * len(lr[1::3])
+        lr[2::3] = [torch.tensor(0.2 * self.steps, device=like.device)] * len(lr[2::3])
         self.backend.advance(
             self.meta,
             [grad.to(like) if cast else grad for grad in grads],

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from lopt.meta.recipe import RECIPES
 from lopt.meta.tasks import LogOf, Noisy, Random, Rescaled, Sparse, Sum, Task, networks, paper
+from lopt.meta.tasks.base import try_out
 
 RECORDED = np.load(Path(__file__).parents[1] / "recordings" / "problems.npz")
 TASKS = {
@@ -218,3 +220,11 @@ def test_wrappers_compose_and_rescale_both_parameters_and_loss():
     share = (grad == 0).float().mean().item()
     assert 0.62 < share < 0.88  # .75 of 256 entries, five standard deviations
     assert 0.06 < grad[grad != 0].std() < 0.15
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_task_of_a_recipe_passes_the_trial_of_users_tasks(name):
+    mixes = {stage.mixes.__qualname__: stage.mixes for stage in RECIPES[name].stages}
+    for mix in mixes.values():
+        for task in (task for tasks in mix() for task in tasks):
+            try_out(task)

@@ -411,6 +411,10 @@ def test_options_that_say_what_a_run_has_by_default_are_those_of_the_run(tmp_pat
     assert Config.load(path).schedule_for_all
     assert run("--resume", tmp_path / "run", "--steps", 3, "--schedule", "cooldown", "--crop", "resized") == 0
     assert Config.load(path).crop == "resized"
+    content["schedule"] = None  # as a version wrote it that left it to the optimizer
+    path.write_text(json.dumps(content))
+    assert run("--resume", tmp_path / "run", "--steps", 4, "--schedule", "cooldown") == 0
+    assert (Config.load(path).schedule, Config.load(path).schedule_for_all) == ("cooldown", False)
     with pytest.raises(TrainError, match="--schedule cosine differs from the cooldown of the run"):
         run("--resume", tmp_path / "run", "--schedule", "cosine")
 
