@@ -81,8 +81,9 @@ struct Injected {
 
 namespace LOPT_ISA {
 
-// The share of a learned step that is taken, as far as learned rates have to know.
-LOPT_HD float share_taken(float lr) { return fminf(fmaxf(lr, 0.f), 1.f); }
+// The share of a learned step that is taken, as far as learned rates have to know: `share_taken` in
+// lopt/backends/reference.py.
+LOPT_HD float share_taken(float lr) { return fminf(fmaxf(2 * lr, 0.f), 1.f); }
 
 // Whether a tensor has a past: it has taken steps and, with damping, had a gradient but 0.
 LOPT_HD bool has_started(float step, const float* damping) { return step > 0 && !(damping && damping[kTotal] == 0); }

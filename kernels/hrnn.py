@@ -1000,7 +1000,7 @@ def summarise(
     own = scratch + tensor.to(tl.int64) * (2 * WIDTH)
     numel = column(table, SUMMARY_NUMEL, tensors, tensor).to(tl.float32)
     lr = learning_rate(column(table, SUMMARY_LR, tensors, tensor), column(table, SUMMARY_LR_KIND, tensors, tensor))
-    taken = tl.minimum(tl.maximum(lr, 0.0), 1.0)
+    taken = tl.minimum(tl.maximum(2.0 * lr, 0.0), 1.0)  # `share_taken` of the reference
     factor = 1.0
     if DAMPING > 0:
         damping = floats(column(table, SUMMARY_DAMPING, tensors, tensor))

@@ -452,7 +452,7 @@ def travel(distance: Tensor, moves: Tensor) -> Tensor:
 
     Args:
         distance: [*B, T, 1 + SAMPLES] the largest distance so far, root mean square; how far each sampled parameter is.
-            Steps are counted as if no lr were above 1 and no weight decayed.
+            Steps are counted by `share_taken`, and as if no weight decayed.
         moves: [*B, T, SAMPLES] of the sampled parameters in this step.
 
     Returns:
@@ -481,6 +481,15 @@ def damp(config: HRNNConfig, damping: Tensor, square: Tensor) -> Tensor:
     return torch.stack([total, weight, torch.where(some, factor, 0.0)], -1)
 
 
+def share_taken(lr: Tensor) -> Tensor:
+    """The share of a learned step that is taken, as far as learned rates have to know: of any shape, 0 to 1.
+
+    Where little of it is, gradients go on agreeing, which looks as if steps were too short. Half of it shows well
+    enough what the whole would do.
+    """
+    return (2 * lr).clamp(0.0, 1.0)
+
+
 def has_seen(damping: Tensor) -> Tensor:
     """Whether a tensor has had a gradient but 0, without which there is no past: [*B, T, 3] -> [*B, T], bool."""
     return damping.detach()[..., TOTAL] > 0
@@ -506,10 +515,10 @@ def summarise_flat(
         tensor_hidden: [*B, T, H1], global_hidden: [*B, H2], damping: [*B, T, 3], distance: [*B, T, 1 + SAMPLES]; all
             before the step.
         sample: [*B, T, SAMPLES] updates of sampled parameters, where there is a distance.
-        lr: [*B, T] factor of the steps; None: 1. Who moves less than the learned step sees nothing of what a longer one
-            would do: below 1, the distance grows and, with damping, the learned rates rise that much slower.
+        lr: [*B, T] factor of the steps; None: 1. The distance grows and, with damping, learned rates rise by
+            `share_taken` of it.
     """
-    taken = 1.0 if lr is None else lr.clamp(0.0, 1.0)[..., None]
+    taken = 1.0 if lr is None else share_taken(lr)[..., None]
     columns = sums_columns(config)
     means = sums / numel[:, None]
     if tensor_hidden is not None:

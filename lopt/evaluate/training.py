@@ -27,7 +27,7 @@ from lopt.metaparams import MetaParams
 from lopt.train.checkpoint import write_atomic
 
 VERSION = 1  # of all that decides a result and is in no key: raise it when networks, optimizers or measures change
-RULE = 3  # of HRNN, likewise: part of the digest of its meta-parameters
+RULE = 4  # of HRNN, likewise: part of the digest of its meta-parameters
 POINTS = 100  # of a stored curve
 FLOOR = 1e-4  # of a loss relative to the start: what is below counts as solved
 LOCKSTEP = 24  # trainings at once: more need memory beyond the caches
