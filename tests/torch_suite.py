@@ -5,7 +5,7 @@
 The file is not part of the wheel of PyTorch: take it from the sources of the installed version. Its TestOptimRenewed
 runs once for each of `entries`: the fastest backend on each device, and by name every other one that can run here.
 SKIPPED names what does not hold for a learned optimizer, and why; the contracts of the other tests are checked by
-tests/test_hrnn.py and tests/test_contracts.py as well, without that file.
+tests/hrnn and tests/test_contracts.py as well, without that file.
 
 The exit code is 0 if no test failed.
 """

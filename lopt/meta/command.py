@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if group.rank == 0:
         state = "done" if finished else f"stopped; go on with --resume {folder}"
         print(f"{state}: meta-parameters in {folder}/meta.safetensors")
+        print(training.summary)
     return 0 if finished or stop.received is None else 128 + stop.received
 
 

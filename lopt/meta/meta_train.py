@@ -5,7 +5,7 @@
     curves.png          drawn from it
     checkpoint.pt       everything needed to go on, bit for bit on a CPU
     meta.safetensors    the meta-parameters, averaged where the recipe says so, ready for `lopt.HRNN(params, meta=...)`
-    best.safetensors    those with the best validation score
+    best.safetensors    those with the best validation score; with tasks of the user's, the best mean of both scores
     tensorboard/        the same rows, where `tensorboard` is installed
 
 All random numbers come from one generator that is part of the checkpoint: a resumed run equals an uninterrupted one.
@@ -22,6 +22,8 @@ import contextlib
 import csv
 import dataclasses
 import io
+import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -56,7 +58,10 @@ COLUMNS = (
     "seconds",  # of meta-steps, without validation
     "valid_final",  # see validate.Scores; mean over the validation tasks; empty where the row is no validation
     "valid_area",
+    "own_final",  # the same of the user's tasks
+    "own_area",
 )
+VALID = COLUMNS.index("valid_final")  # the first of the scores
 ROW_EVERY = 10
 CHECKPOINT_SECONDS = 60
 VALID_STEPS = 500
@@ -69,6 +74,8 @@ SCALARS = {  # tag -> column
     "speed/task_steps_per_second": "task_steps_per_second",
     "validation/final": "valid_final",
     "validation/area": "valid_area",
+    "validation/own_final": "own_final",
+    "validation/own_area": "own_area",
 }
 
 
@@ -176,6 +183,18 @@ class MetaTraining:
         """What the run has come to: their moving average, as soon as there is one."""
         return self.meta if self.average is None else MetaParams.from_flat(self.recipe.config, self.average)
 
+    @property
+    def summary(self) -> str:
+        """What validation found at the start and at its best, in words."""
+        validations = [(row[0], finals) for row in self.rows if (finals := _finals(row))]
+        _, start = validations[0]
+        step, best = min(validations, key=lambda validation: statistics.mean(validation[1].values()))
+        lines = [f"losses after {VALID_STEPS} steps relative to the start, at first and with the best (meta-step {step}):"]
+        for name, tasks in (("valid_final", "validation tasks"), ("own_final", "own tasks")):
+            if name in best and name in start:
+                lines.append(f"{tasks} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}")
+        return "\n  ".join(lines)
+
     def _begin_stage(self) -> None:
         self.worlds: dict[int, World] = {}
         self.average: Tensor | None = None
@@ -231,7 +250,7 @@ class MetaTraining:
         lr = stage.lr_at(self.step - 1)
         validated = self.done % self.recipe.validate_every == 0 or self.step == stage.meta_steps
         if validated or self.done % ROW_EVERY == 0:
-            self._row(stage, lr, self._validated() if validated else None)
+            self._row(stage, lr, self._validated() if validated else ())
         if self.step == stage.meta_steps:
             self.flat = self.result.flat()
             self.stage, self.step = self.stage + 1, 0
@@ -240,10 +259,9 @@ class MetaTraining:
 
     def _start_row(self) -> None:
         """The row of meta-step 0: what the run begins with, which it may leave as the best there is."""
-        valid = self._validated()
-        self.rows.append([0, "start", "", "", "", "", 0.0, *(round(score, 5) for score in valid)])
+        self.rows.append([0, "start", "", "", "", "", 0.0, *_cells(self._validated())])
 
-    def _row(self, stage: Stage, lr: float, valid: tuple[float, float] | None) -> None:
+    def _row(self, stage: Stage, lr: float, valid: Sequence[float]) -> None:
         losses, norms, counts = zip(*self.pending, strict=True)
         median = torch.tensor(norms).median().item()
         self.rows.append(
@@ -255,17 +273,19 @@ class MetaTraining:
                 f"{lr:.3e}",
                 round(sum(counts) / self.pending_seconds),
                 round(self.seconds, 1),
-                *(("", "") if valid is None else (round(valid[0], 5), round(valid[1], 5))),
+                *_cells(valid),
             ]
         )
         self.pending, self.pending_seconds = [], 0.0
 
-    def _validated(self) -> tuple[float, float]:
+    def _validated(self) -> list[float]:
         return self.group.from_first(self._validate() if self.group.rank == 0 else None)
 
-    def _validate(self) -> tuple[float, float]:
-        result = validate.scores(validate.learned(self.result, list(validate.validation_tasks().values()), VALID_STEPS))
-        return result.final.mean().item(), result.area.mean().item()
+    def _validate(self) -> list[float]:
+        """Mean scores of the validation tasks, and behind them, if there are any, of the user's."""
+        mixes = [list(validate.validation_tasks().values()), self.extra]
+        scores = [validate.scores(validate.learned(self.result, tasks, VALID_STEPS)) for tasks in mixes if tasks]
+        return [values.mean().item() for score in scores for values in score]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes; complete at process 0 of the group, all of which have to call."""
@@ -304,6 +324,7 @@ class MetaTraining:
         for name in CHANGING:
             setattr(self, name, saved[name])
         self.pending = [(loss, norm, count) for loss, norm, count in self.pending]
+        self.rows = [[*row[:VALID], *_cells(row[VALID:])] for row in self.rows]
         for mix, state in worlds.items():
             self.worlds[mix] = self._make_world(mix)
             self.worlds[mix].load_state_dict(state)
@@ -367,10 +388,11 @@ class MetaTraining:
         return self.finished
 
     def _keep_best(self, folder: Path) -> None:
-        score = self.rows[-1][COLUMNS.index("valid_final")]
-        if score != "" and score < self.best:
-            self.best = score
-            self.result.save(folder / "best.safetensors", card={"meta_step": str(self.done), "valid_final": str(score)})
+        finals = _finals(self.rows[-1])
+        if finals and (mean := statistics.mean(finals.values())) < self.best:
+            self.best = mean
+            card = {"meta_step": self.done, **finals}
+            self.result.save(folder / "best.safetensors", card={name: str(value) for name, value in card.items()})
 
     def save(self, folder: Path) -> None:
         """Write checkpoint, metrics, meta-parameters and curves, each atomically, at process 0; all have to call."""
@@ -398,6 +420,18 @@ def _check_start(start: HRNNConfig, config: HRNNConfig) -> None:
         )
 
 
+def _finals(row: Sequence[Any]) -> dict[str, float]:
+    """Name of a column -> score, by whose mean the best meta-parameters are chosen; empty if there is none."""
+    named = dict(zip(COLUMNS, row, strict=True))
+    return {name: named[name] for name in ("valid_final", "own_final") if named[name] != ""}
+
+
+def _cells(scores: Sequence[float]) -> list[Any]:
+    """The last columns of a row; empty where there is no score."""
+    cells = [score if score == "" else round(score, 5) for score in scores]
+    return [*cells, *[""] * (len(COLUMNS) - VALID - len(cells))]
+
+
 def _moved(tree: Any, device: torch.device) -> Any:
     """Dicts, lists and tuples with their tensors on a device."""
     if isinstance(tree, Tensor):
@@ -418,11 +452,11 @@ def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
         if not own:
             continue
         training.plot([row[0] for row in own], [row[2] for row in own], label=name)
-    tested = [row for row in rows if row[7] != ""]
-    for column, label in ((7, "at the end"), (8, "mean over the steps")):
-        validation.plot(
-            [row[0] for row in tested], [row[column] for row in tested], marker="o", markersize=3, label=label
-        )
+    for column, label in enumerate(
+        ("at the end", "mean over the steps", "own tasks, at the end", "own tasks, mean over the steps"), VALID
+    ):
+        if tested := [(row[0], row[column]) for row in rows if row[column] != ""]:
+            validation.plot(*zip(*tested, strict=True), marker="o", markersize=3, label=label)
     training.set_title("Meta-loss of a stage's tasks, which grow older")
     validation.set_title(f"Validation tasks, {VALID_STEPS} steps")
     for axes in (training, validation):

@@ -46,6 +46,9 @@ def tiny(**options: object) -> Recipe:
     )
 
 
+VALIDATE = MetaTraining._validate
+
+
 @pytest.fixture(autouse=True)
 def quick_validation(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MetaTraining, "_validate", lambda self: (self.flat.sum().item(), 0.0))
@@ -366,7 +369,7 @@ def test_tensorboard_shows_every_row_once_after_a_run_was_killed_and_resumed(tmp
     found = events(tmp_path)
     assert found["meta-training/meta_loss"] == [row[0] for row in resumed.rows if row[0] > 4]
     assert found["validation/final"] == [6, 12, 15]
-    assert set(found) == set(meta_train.SCALARS)
+    assert set(found) == {tag for tag in meta_train.SCALARS if "own" not in tag}  # there are no tasks of the user
 
 
 def test_run_goes_on_without_tensorboard(tmp_path, monkeypatch):
@@ -441,6 +444,27 @@ def test_rmsprop_is_the_originals():
     flat = MetaParams.init(config).flat()
     after = TFRMSProp(config, clip=1e4).step(flat, torch.full_like(flat, 2e4), 1e-6)
     torch.testing.assert_close(after, flat - 1e-6 * 1e4 / (0.9 + 0.1 * 1e8) ** 0.5)
+
+
+def test_the_users_tasks_are_validated_beside_the_others_and_count_as_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(meta_train, "VALID_STEPS", 20)
+    monkeypatch.setattr(MetaTraining, "_validate", VALIDATE)
+    monkeypatch.setattr(validate, "validation_tasks", lambda: {"linear": networks.Linear(4, 3, samples=64)})
+    own = [paper.Quadratic(4), paper.Bowl(5.0)]
+    alone, beside = MetaTraining(tiny(), 0), MetaTraining(tiny(), 0, extra=own)
+    score = validate.scores(validate.learned(alone.meta, own, 20))
+    for training in (alone, beside):
+        training._start_row()
+        training._keep_best(tmp_path)
+    assert alone.rows[0][-2:] == ["", ""]
+    assert beside.rows[0][-4:] == [*alone.rows[0][-4:-2], *(pytest.approx(s.mean().item(), abs=1e-5) for s in score)]
+    assert beside.best == (beside.rows[0][-4] + beside.rows[0][-2]) / 2
+    assert "own tasks" in beside.summary and "own tasks" not in alone.summary
+    # A run that was begun without these columns goes on with them.
+    saved = alone.state_dict()
+    saved["rows"] = [row[:-2] for row in saved["rows"]]
+    alone.load_state_dict(saved)
+    assert alone.rows[0][-2:] == ["", ""]
 
 
 def test_validation_is_the_same_for_all_rates_of_adam_and_finds_the_best_one():
