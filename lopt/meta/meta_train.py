@@ -189,7 +189,7 @@ class MetaTraining:
         validations = [(row[0], finals) for row in self.rows if (finals := _finals(row))]
         _, start = validations[0]
         step, best = min(validations, key=lambda validation: statistics.mean(validation[1].values()))
-        lines = [f"losses after {VALID_STEPS} steps relative to the start, at first and with the best (meta-step {step}):"]
+        lines = [f"losses after {VALID_STEPS} steps relative to the first, before and at best (meta-step {step}):"]
         for name, tasks in (("valid_final", "validation tasks"), ("own_final", "own tasks")):
             if name in best and name in start:
                 lines.append(f"{tasks} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}")
