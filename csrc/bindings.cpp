@@ -33,7 +33,7 @@ LOPT_FOR_EACH_ISA(LOPT_DECLARE)
 #undef LOPT_DECLARE
 
 // Whether this processor runs code compiled for `isa`.
-static bool runs(const char* isa) {
+static bool runs([[maybe_unused]] const char* isa) {
 #if defined(__x86_64__)
   if (!std::strcmp(isa, "v4"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -104,7 +104,7 @@ class Shards(NamedTuple):
             sums[row].zero_()
         table = sums
         if places is not None:
-            table = torch.cat([sums, torch.where(places < 0, 0.0, update.take(places))], 1)
+            table = torch.cat([sums, torch.where(places < 0, 0.0, update[places])], 1)
         for peers, rows in self.rows.items():
             _sum(table, rows, peers)
         if places is None:

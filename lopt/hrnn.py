@@ -71,7 +71,7 @@ class _Listed(NamedTuple):
     columns: dict[str, tuple[Tensor, ...]]  # the same by kind, T each
     sizes: list[int]  # T
     fan_in: list[int]  # T, of the whole tensors where these are shards
-    devices: list[torch.device]  # T
+    devices: dict[torch.device, list[int]]  # numbers of the tensors on each
     orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter
     matrices: list[Tensor]  # all parameters of two or more dimensions, in this step or not
 
@@ -497,18 +497,17 @@ class HRNN(Optimizer):
             return loss
         listed = self._list(tensors, None if shards is None else shards.params)
         rates = _rates(groups, listed.fan_in, sum(param.requires_grad for param in listed.matrices))
-        columns, devices = {**listed.columns, "grad": tuple(grads)}, listed.devices
+        columns, (first, *others) = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
-        if devices.count(devices[0]) == len(devices):
+        if not others:
             sizes, orders = listed.sizes, listed.orders
-            skip = self._step_device(devices[0], columns, sizes, orders, groups, rates, found_inf, grad_scale, shards)
+            skip = self._step_device(first, columns, sizes, orders, groups, rates, found_inf, grad_scale, shards)
         else:
             # One device's overflow must hold back the others before any of them has moved.
-            overflow = (~within_limit(columns["grad"], grad_scale, devices[0])).float()
-            overflow = overflow if found_inf is None else overflow + found_inf.to(devices[0])
-            for device in dict.fromkeys(devices):
-                here = [index for index, other in enumerate(devices) if other == device]
+            overflow = (~within_limit(columns["grad"], grad_scale, first)).float()
+            overflow = overflow if found_inf is None else overflow + found_inf.to(first)
+            for device, here in listed.devices.items():
                 own = {name: tuple(column[index] for index in here) for name, column in columns.items()}
                 own_shards = None if shards is None else shards.take(here)
                 sizes, orders = [listed.sizes[index] for index in here], [listed.orders[index] for index in here]
@@ -530,13 +529,16 @@ class HRNN(Optimizer):
         listed, compiling = self._listed, torch.compiler.is_compiling()
         if listed is None or compiling or not are(tensors, listed.tensors):
             width, params = len(self._columns), tensors[:: len(self._columns)]
+            devices: dict[torch.device, list[int]] = {}
+            for index, param in enumerate(params):
+                devices.setdefault(param.device, []).append(index)
             columns = {name: tuple(tensors[index::width]) for index, name in enumerate(self._columns)}
             listed = _Listed(
                 tensors,
                 columns,
                 [real(param).numel() for param in params],
                 [math.prod(param.shape[1:]) for param in whole or params],
-                [param.device for param in params],
+                devices,
                 [(hidden.shape[1:], hidden.stride()[1:]) for hidden in columns["hidden"]],
                 [param for group in self.param_groups for param in group["params"] if param.dim() > 1],
             )

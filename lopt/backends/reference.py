@@ -770,7 +770,7 @@ def summarise(
         global_hidden if config.levels >= 3 else None,
         torch.stack(list(damping)) if damping else None,
         torch.stack(list(distance)) if distance else None,
-        None if places is None else update.take(places),
+        None if places is None else update[places],
         torch.stack([rate.to(sums).reshape(()) if isinstance(rate, Tensor) else sums.new_tensor(rate) for rate in lr]),
     )
     keep = skip != 0

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchgen
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lopt import HRNNConfig, MetaParams
+from lopt import HRNN, HRNNConfig, MetaParams
 from lopt.backends import reference
 from lopt.backends.reference import FlatState, Segments
 from lopt.state import SAMPLES, init_global, init_state, sampled
@@ -326,3 +329,42 @@ def test_a_timescale_without_a_past_takes_the_gradient_undecayed():
 def test_segments_refuse_empty_tensors():
     with pytest.raises(ValueError, match="positive"):
         Segments([3, 0])
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run, with their overloads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten":
+            self.names.add(str(func).removeprefix("aten.").removesuffix(".default"))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("options", [{}, {"meta": MetaParams.init(HRNNConfig(attention=True))}, {"maximize": True}])
+def test_every_operator_of_a_step_is_there_on_apple_gpus(options):
+    """The reference is what runs there; PyTorch's own table says which operators do."""
+    yaml = pytest.importorskip("yaml")
+    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = {entry["func"].split("(")[0]: entry for entry in yaml.safe_load(table.read_text())}
+
+    def there(name: str) -> bool:
+        entry = entries[name]
+        entry = entries[entry.get("structured_delegate", name)]
+        keys = ",".join(entry.get("dispatch", ["CompositeImplicitAutograd"]))
+        return "MPS" in keys or "Composite" in keys
+
+    assert not there("take") and there("add.Tensor")  # the table is understood
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 5))
+    optimizer = HRNN(model.parameters(), backend="reference", weight_decay=0.1, **options)
+    with Called() as called:
+        for _ in range(2):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert len(called.names) > 30
+    assert [name for name in called.names if not there(name)] == []

@@ -1,6 +1,7 @@
 """torch.compile of a step."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,13 @@ from lopt import HRNN, HRNNConfig, MetaParams
 from .common import Place, assert_same, content, give_gradients, train
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    """What one test has compiled holds backends that the next one no longer has."""
+    yield
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

@@ -138,6 +138,7 @@ def test_every_scheduler_of_torch_is_tried_below():
     assert set(lr_scheduler.__all__) - {"LRScheduler"} <= SCHEDULERS.keys()
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step")  # SequentialLR's own, in older torch
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_scheduled_lr_is_the_one_used(place, name):
     """Displacements of a run under a schedule equal those of a run where lr is set by hand."""
