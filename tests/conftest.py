@@ -93,12 +93,18 @@ def run_processes(
 
 
 def failures_of(check: str, folder: Path, processes: int) -> list[str]:
-    """What went wrong with a check in any process. Each leaves outcomes-<rank>.json: check -> None or an error."""
+    """What went wrong with a check in any process; skips the test where the check was skipped.
+
+    Each process leaves outcomes-<rank>.json: check -> None, "skipped: " and why, or an error.
+    """
     failures = []
     for rank in range(processes):
         path = folder / f"outcomes-{rank}.json"
         outcomes = json.loads(path.read_text()) if path.exists() else {}
-        if outcomes.get(check, "not reached") is not None:
+        outcome = outcomes.get(check, "not reached")
+        if outcome is not None and outcome.startswith("skipped: "):
+            pytest.skip(outcome.removeprefix("skipped: "))
+        if outcome is not None:
             said = (folder / f"said-{rank}.txt").read_text()[-2000:]
             failures.append(f"process {rank}: {outcomes.get(check, f'not reached, see the check before it. {said}')}")
     return failures

@@ -32,9 +32,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends
 from lopt.state import SAMPLES, rows
+from lopt.train import parallel
 
-# A checkpoint of one process is written and read without a process group, of which torch warns.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+# A checkpoint of one process is written and read without a process group, of which torch warns, and 2.6 of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is ", "ignore:TypedStorage is deprecated")
 
 WORLD = 2
 TIMEOUT = 300  # seconds, of the whole program; a check that waits in vain ends after half of it
@@ -49,6 +50,8 @@ BACKENDS = [
 # Sums over a tensor are taken in another order: some float32 roundings of 2^-24, more with every step. The largest
 # difference seen in the checks below is 4 of them.
 CLOSE = {"rtol": 32 * 2**-24, "atol": 32 * 2**-24}
+
+UNABLE = parallel.unable_to_shard(torch.device("cpu"))  # FSDP's forward and backward pass
 
 CHECKS: dict[str, Callable[[Path], None]] = {}
 
@@ -188,6 +191,8 @@ def sharded_parameters_are_trained_as_whole_ones_are(folder: Path) -> None:
 
 @on_two_processes
 def fully_sharded_training_equals_training_on_one_process(folder: Path) -> None:
+    if UNABLE:
+        pytest.skip(UNABLE)
     model, sharded = build(), shard(build())
     one, two = HRNN(model.parameters(), meta=META), HRNN(sharded.parameters(), meta=META)
     before = loss_of(model, 0).item()
@@ -275,7 +280,8 @@ def parameters_of_any_dtype_are_sharded(folder: Path) -> None:
             train(optimizer, range(4, 6))
         for left, right in zip(plain, mixed, strict=True):
             close = {"rtol": 2**-8, "atol": 0} if dtype == torch.bfloat16 else CLOSE
-            torch.testing.assert_close(left.detach(), whole(right), **close)
+            own = distribute_tensor(left.detach(), mesh, [Shard(0)]).to_local()  # complex numbers are not gathered
+            torch.testing.assert_close(right.detach().to_local(), own, **close)
 
 
 @on_two_processes
@@ -313,6 +319,8 @@ def nonfinite_raise_raises_on_all_processes_and_names_the_tensor_where_it_is(fol
 
 @on_two_processes
 def gradscaler_skips_an_overflow_of_one_process_on_all(folder: Path) -> None:
+    if UNABLE:
+        pytest.skip(UNABLE)
     model = shard(build())
     optimizer, scaler = HRNN(model.parameters(), meta=META), torch.amp.GradScaler("cpu", init_scale=64.0)
     for step in range(3):
@@ -413,7 +421,7 @@ def save_run(model: nn.Module, optimizer: HRNN, folder: Path, layout: str) -> No
         "model": model.state_dict(),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=layout_options(layout)),
     }
-    save(state, checkpoint_id=folder / layout, no_dist=not dist.is_initialized())
+    save(state, checkpoint_id=folder / layout)
 
 
 def load_run(model: nn.Module, optimizer: HRNN, folder: Path, layout: str) -> None:
@@ -421,7 +429,7 @@ def load_run(model: nn.Module, optimizer: HRNN, folder: Path, layout: str) -> No
         "model": model.state_dict(),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=layout_options(layout)),
     }
-    load(state, checkpoint_id=folder / layout, no_dist=not dist.is_initialized())
+    load(state, checkpoint_id=folder / layout)
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=layout_options(layout))
 
@@ -487,11 +495,13 @@ def main(rank: int, folder: Path) -> None:
         try:
             check(folder)
             outcomes[name] = None
+        except pytest.skip.Exception as skip:
+            outcomes[name] = f"skipped: {skip}"
         except BaseException:
             outcomes[name] = traceback.format_exc()
             break
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-    if None in outcomes.values() and len(outcomes) == len(CHECKS):
+    if all(outcome is None or outcome.startswith("skipped: ") for outcome in outcomes.values()):
         dist.barrier()
         dist.destroy_process_group()
 

@@ -55,7 +55,7 @@ def gradient(param: Tensor, kind: str, generator: torch.Generator) -> Tensor | N
         value = value.flatten()[0].expand(param.shape)
     value = value.to(param.dtype)
     if kind in ("nan", "inf", "beyond") and value.numel() > 0:
-        value.view(-1)[-1] = {"nan": math.nan, "inf": -math.inf, "beyond": 1e19}[kind]
+        value.view(-1)[-1] = torch.tensor({"nan": math.nan, "inf": -math.inf, "beyond": 1e19}[kind]).to(value.dtype)
     return laid_out(value, kind)
 
 

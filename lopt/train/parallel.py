@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lopt.distributed import is_dtensor, spread
+from lopt.train import TrainError
 from lopt.train.config import Config
 from lopt.train.group import Group
 
@@ -53,9 +54,19 @@ def prepare(model: nn.Module, config: Config, group: Group) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (group.size,))
+    device = next(model.parameters()).device
+    if reason := unable_to_shard(device):
+        raise TrainError(f"--parallel fsdp: {reason}; leave it out for DDP")
+    mesh = init_device_mesh(device.type, (group.size,))
     for module in (*_units(model), model):
         fully_shard(module, mesh=mesh)
+
+
+def unable_to_shard(device: torch.device) -> str | None:
+    """Why FSDP2 cannot run on a device, or None."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        return f"on CPUs FSDP2 needs PyTorch 2.7 or later, this is {torch.__version__}"
+    return None
 
 
 def wrap(model: nn.Module, config: Config, group: Group) -> nn.Module:
