@@ -32,6 +32,7 @@ from lopt.bench.step import Step, bytes_moved, shapes_of, timer
 from lopt.bench.train import table as training_table
 from lopt.meta.tasks import Random, paper
 from lopt.meta.unroll import Augment, Draw, Mix, Objective, World
+from lopt.options import INIT_LR
 
 CASES = ("resnet50", "preresnet50", "inceptionv3", "vit_base_patch16_224")
 TIMM_NAMES = {"preresnet50": "resnetv2_50", "inceptionv3": "inception_v3"}  # where pytorchcv is not installed
@@ -244,7 +245,7 @@ def run_small(only: str) -> None:
                 for left, other in zip(ours, right, strict=True):
                     # Two steps of init_lr / e each; the compact state's numbers differ by about 1e-3 of themselves.
                     rtol = 1e-5 if dtype == torch.float32 else 2**-7  # a bfloat16 may round the other way
-                    torch.testing.assert_close(left, other, rtol=rtol, atol=4e-3 * lopt.hrnn.INIT_LR)
+                    torch.testing.assert_close(left, other, rtol=rtol, atol=4e-3 * INIT_LR)
                 print(f"{name}, {variant}: as the reference", flush=True)
         if name == "hrnn triton":
             with failures_named("meta-gradient"):

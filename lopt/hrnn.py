@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 import operator
@@ -25,6 +24,19 @@ from lopt.backends.reference import sums_columns
 from lopt.config import GRADIENT_LIMIT, HRNNConfig
 from lopt.distributed import Shards, real, within_limit
 from lopt.metaparams import MetaParams
+from lopt.options import (
+    BASE_DEPTH,
+    BASE_FAN_IN,
+    INIT_LR,
+    OPTIONS,
+    OWN_OPTIONS,
+    Group,
+    bounded,
+    check_group,
+    lowered,
+    rates_of,
+    warn_of_small,
+)
 from lopt.state import (
     FORMATS,
     ROWS,
@@ -40,28 +52,8 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
-INIT_LR, BASE_FAN_IN, BASE_DEPTH = 3e-3, 40, 2  # defaults
-LIKELY_A_LEARNING_RATE = 0.05
 PLANS = 2  # of a device: parameters may take turns in having gradients
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
-
-OPTIONS = {
-    "lr": 1.0,
-    "init_lr": INIT_LR,
-    "weight_decay": 0.0,
-    "base_fan_in": BASE_FAN_IN,
-    "base_depth": BASE_DEPTH,
-    "maximize": False,
-    "foreach": None,
-    "fused": None,
-    "capturable": False,
-    "differentiable": False,
-    "train_mode": True,
-}  # of a parameter group, with their defaults
-
-OWN_OPTIONS = {"init_lr", "base_fan_in", "base_depth", "train_mode"}  # those that no other optimizer's groups have
-
-Group = dict[str, Any]
 
 
 class _Listed(NamedTuple):
@@ -202,11 +194,11 @@ class HRNN(Optimizer):
             "differentiable": differentiable,
             "train_mode": True,
         }
-        _check_group(options)
+        check_group(options)
         self.meta = MetaParams.resolve(meta)
         options["meta_digest"] = self.meta.digest
         if min_lr is not None:
-            self.meta = _bounded(self.meta, min_lr, steps=0.0, distance=0.0)
+            self.meta = bounded(self.meta, min_lr, steps=0.0, distance=0.0)
         self._given = self.meta, min_lr is not None
         self.nonfinite = nonfinite
         self.state_format = state_format
@@ -215,7 +207,7 @@ class HRNN(Optimizer):
         self._captured: dict[int, _Plan] = {}
         self._prepare()
         super().__init__(params, options)
-        _warn_of_small(self.param_groups)
+        warn_of_small(self.param_groups)
         self._made = True
 
     def _prepare(self) -> None:
@@ -280,7 +272,7 @@ class HRNN(Optimizer):
         if isinstance(param_group, dict):
             if misplaced := sorted(param_group.keys() & {"meta", "min_lr", "state_format", "backend", "nonfinite"}):
                 raise ValueError(f"{misplaced[0]} is of the whole optimizer, not of a group: pass it to HRNN")
-            _check_group({**self.defaults, **param_group})
+            check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._sharded, self._listed = None, None
         self._bound()
@@ -291,14 +283,14 @@ class HRNN(Optimizer):
         for key in group.keys() & {"params", "param_names"}:
             group[key] = [group[key][index] for index in first]
         if self._made:
-            _warn_of_small([group])
+            warn_of_small([group])
 
     def _bound(self) -> None:
         """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
         meta, asked_for = self._given
         lowest = min(group["init_lr"] for group in self.param_groups)
         if not asked_for and meta.config.log_lr_min > math.log(lowest):
-            meta = _lowered(meta, lowest)
+            meta = lowered(meta, lowest)
         if meta.config != self.meta.config:
             self.meta, self._plans, self._metas = meta, {}, {}
 
@@ -344,7 +336,7 @@ class HRNN(Optimizer):
                     f"with other learning rates. Load the model alone"
                 )
             for group in state_dict["param_groups"]:
-                _check_group({**self.defaults, **group, "lr": 1.0})  # schedules end at just below 0 at times
+                check_group({**self.defaults, **group, "lr": 1.0})  # schedules end at just below 0 at times
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
@@ -496,7 +488,7 @@ class HRNN(Optimizer):
         if not groups:
             return loss
         listed = self._list(tensors, None if shards is None else shards.params)
-        rates = _rates(groups, listed.fan_in, sum(param.requires_grad for param in listed.matrices))
+        rates = rates_of(groups, listed.fan_in, sum(param.requires_grad for param in listed.matrices))
         columns, (first, *others) = {**listed.columns, "grad": tuple(grads)}, listed.devices
         if has_complex:
             columns |= {name: tuple(map(real, columns[name])) for name in ("param", "grad")}
@@ -877,33 +869,6 @@ def _stale(param: Tensor) -> RuntimeError:
     )
 
 
-def shortening(fan_in: int, matrices: int, base_fan_in: float | None, base_depth: float | None) -> float:
-    """What the steps of a tensor are multiplied by for its own inputs and the number of all matrices, at most 1."""
-    width = 1.0 if base_fan_in is None else min(1.0, base_fan_in / max(fan_in, 1))
-    return width if base_depth is None else width * min(1.0, math.sqrt(base_depth / max(matrices, 1)))
-
-
-def _rates(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> list[float | Tensor]:
-    """Factor of the learned step of each tensor: its group's lr, less for a wide tensor or one among many."""
-    products: dict[tuple[int, float], Tensor] = {}
-    rates: list[float | Tensor] = []
-    for group, inputs in zip(groups, fan_in, strict=True):
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:  # before anything has moved
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        factor = shortening(inputs, matrices, group["base_fan_in"], group["base_depth"])
-        if factor < 1:
-            if isinstance(lr, Tensor):  # one launch for each of a few widths
-                key = (id(lr), factor)
-                if key not in products:
-                    products[key] = lr * factor
-                lr = products[key]
-            else:
-                lr = lr * factor
-        rates.append(lr)
-    return rates
-
-
 def _places(orders: Sequence[tuple[Any, ...]], sizes: Sequence[int], shards: Shards | None) -> Tensor:
     """Where in the update each tensor's `sampled` parameters stand: [T, SAMPLES], -1 for those that are not here."""
     if shards is None:
@@ -929,65 +894,6 @@ def _flat(indices: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     return offsets
 
 
-def _lowered(meta: MetaParams, init_lr: float) -> MetaParams:
-    """The same meta-parameters with a bound that is nowhere above where rates start."""
-    config = meta.config
-    # What falls with the root of the steps is there exp(2 * above) times later; what follows the distance starts at 0.
-    later = math.exp(min(2 * (config.log_lr_min - math.log(init_lr)), 60))
-    return _bounded(meta, init_lr, steps=config.log_lr_min_steps * later, distance=config.log_lr_min_distance)
-
-
-def _bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -> MetaParams:
-    """The same meta-parameters with another bound below the learned rates: `log_lr_min_steps`, `.._distance`."""
-    if not _is(min_lr, lambda value: 0 < value < math.inf and math.log(value) < meta.config.log_lr_max):
-        raise ValueError(
-            f"Invalid min_lr: {min_lr!r}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
-        )
-    bound = {"log_lr_min": math.log(min_lr), "log_lr_min_steps": steps, "log_lr_min_distance": distance}
-    return MetaParams(dataclasses.replace(meta.config, **bound), meta)  # type: ignore[arg-type]
-
-
 def _check_format(state_format: str) -> None:
     if state_format not in FORMATS:
         raise ValueError(f"state_format={state_format!r} must be one of {', '.join(FORMATS)}")
-
-
-def _warn_of_small(groups: Sequence[Group]) -> None:
-    """Warn of an lr that looks like another optimizer's."""
-    factors = [group["lr"] for group in groups if not isinstance(group["lr"], Tensor)]
-    if small := [lr for lr in factors if 0 < lr <= LIKELY_A_LEARNING_RATE]:
-        warnings.warn(
-            f"lr={small[0]} multiplies the learned step, which has its own learning rate: leave lr at 1.0. "
-            f"To choose where the learned rate starts, pass init_lr={small[0]}.",
-            stacklevel=3,
-        )
-
-
-def _is(value: Any, in_range: Callable[[Any], bool]) -> bool:
-    """Whether a value is a number in a range."""
-    try:
-        return bool(in_range(value))
-    except TypeError:
-        return False
-
-
-def _check_group(group: Group) -> None:
-    """Raise ValueError if an option of a parameter group is out of range."""
-    lr, init_lr, weight_decay = group["lr"], group["init_lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        lr = 1.0 if lr.is_meta else lr.item()
-    if not _is(lr, lambda value: 0 <= value < math.inf):
-        raise ValueError(f"Invalid learning rate: {lr!r}; it is a finite factor >= 0 of the learned step")
-    if not _is(init_lr, lambda value: 0 < value < math.inf):
-        raise ValueError(f"Invalid init_lr: {init_lr!r}; it is the positive learning rate to start from")
-    if not _is(weight_decay, lambda value: 0 <= value < math.inf):
-        raise ValueError(f"Invalid weight_decay value: {weight_decay!r}; it must be finite and >= 0")
-    if (base := group["base_fan_in"]) is not None and not _is(base, lambda value: 0 < value):
-        raise ValueError(f"Invalid base_fan_in: {base!r}; it is a positive number of inputs, or None for no limit")
-    if (base := group["base_depth"]) is not None and not _is(base, lambda value: 0 < value):
-        raise ValueError(f"Invalid base_depth: {base!r}; it is a positive number of matrices, or None for no limit")
-    for name in ("foreach", "differentiable"):
-        if group[name]:
-            raise ValueError(f"HRNN has no {name} implementation: leave {name} at its default")

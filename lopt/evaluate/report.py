@@ -21,8 +21,8 @@ from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import Entrant, Interval, Results, Scores
 from lopt.evaluate.suites import Part, Suite
 from lopt.evaluate.training import FLOOR
-from lopt.hrnn import INIT_LR
 from lopt.meta.recipe import VARIANTS
+from lopt.options import INIT_LR
 from lopt.train.checkpoint import write_atomic
 
 INTERVALS = "interquartile mean over tasks and seeds, and where there are several seeds its 95 % confidence interval"

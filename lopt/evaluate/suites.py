@@ -13,7 +13,7 @@ from lopt.evaluate.optimizers import OPTIMIZERS, Setting
 from lopt.evaluate.statistics import baseline
 from lopt.evaluate.tasks import Task
 from lopt.evaluate.training import Run
-from lopt.hrnn import BASE_DEPTH, BASE_FAN_IN, INIT_LR
+from lopt.options import BASE_DEPTH, BASE_FAN_IN, INIT_LR
 
 INIT_LRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LOSS_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6)

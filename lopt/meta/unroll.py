@@ -22,8 +22,8 @@ from lopt.backends import cpu_flat, reference, triton_flat
 from lopt.backends.flat import read_decays
 from lopt.backends.reference import Advanced, FlatState, Segments, Summary, affine, damp, gru, sums_columns, travel
 from lopt.config import DIRECTION_EPS, GRADIENT_LIMIT, HRNNConfig
-from lopt.hrnn import shortening
 from lopt.meta.tasks.base import Data, Random, Task
+from lopt.options import shortening
 from lopt.state import FACTOR, SAMPLES, UNDAMPED
 from lopt.train.group import ALONE, Group
 

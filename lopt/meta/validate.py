@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lopt.config import HRNNConfig
-from lopt.hrnn import BASE_DEPTH, BASE_FAN_IN, INIT_LR
 from lopt.meta.estimators import unflatten
 from lopt.meta.tasks import Random, Task
 from lopt.meta.tasks import networks as nets
 from lopt.meta.unroll import Augment, Draw, Mix, World
 from lopt.metaparams import MetaParams
+from lopt.options import BASE_DEPTH, BASE_FAN_IN, INIT_LR
 
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SHARE = 0.1  # of the steps, at the end, whose mean loss is the final loss

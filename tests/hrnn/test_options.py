@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from lopt import HRNN, HRNNConfig, MetaParams
 from lopt.backends import reference
 from lopt.distributed import real
-from lopt.hrnn import INIT_LR
+from lopt.options import INIT_LR
 from lopt.state import FACTOR, SAMPLES, rows, sampled
 
 from .common import FREE, METAS, assert_same, content, give_gradients, train, values

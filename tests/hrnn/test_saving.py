@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lopt import HRNN, HRNNConfig, MetaParams
-from lopt.hrnn import OPTIONS
+from lopt.options import OPTIONS
 
 from .common import METAS, PAPER, SHAPES, Place, assert_same, content, through_memory, train
 
