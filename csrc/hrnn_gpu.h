@@ -118,12 +118,17 @@ template <> struct Word<16> { using Type = uint4; };
     instruction(reinterpret_cast<typename Word<sizeof(T)>::Type*>(to), word);                            \
   }
 #else
-#define LOPT_LOAD(name, instruction) \
-  template <class T>                 \
-  LOPT_HD T name(const T* from) { return *from; }
+// By memcpy: GCC 14 takes the alignment of one branch's access for the other's, too.
+#define LOPT_LOAD(name, instruction)                                   \
+  template <class T>                                                   \
+  LOPT_HD T name(const T* from) {                                      \
+    T value;                                                           \
+    std::memcpy(&value, static_cast<const void*>(from), sizeof value); \
+    return value;                                                      \
+  }
 #define LOPT_STORE(name, instruction) \
   template <class T>                  \
-  LOPT_HD void name(T* to, const T& value) { *to = value; }
+  LOPT_HD void name(T* to, const T& value) { std::memcpy(static_cast<void*>(to), &value, sizeof value); }
 #endif
 LOPT_LOAD(load_global, __ldca)
 LOPT_LOAD(load_once, __ldcs)
