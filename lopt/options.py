@@ -1,4 +1,4 @@
-"""What a parameter group may be told: options and their defaults, their ranges, and what they make of a step."""
+"""Options of `lopt.HRNN`'s parameter groups: defaults, ranges, and what they make of a step and of learned rates."""
 
 from __future__ import annotations
 
@@ -74,7 +74,15 @@ def shortening(fan_in: int, matrices: int, base_fan_in: float | None, base_depth
 
 
 def rates_of(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> list[float | Tensor]:
-    """Factor of the learned step of each tensor: its group's lr, less for a wide tensor or one among many."""
+    """Factor of the learned step of each tensor: its group's lr, less for a wide tensor or one among many.
+
+    Args:
+        groups: of each of T tensors. fan_in: of each, the inputs of the whole tensor.
+        matrices: how many tensors of two or more dimensions are trained, in this step or not.
+
+    Raises:
+        ValueError: an lr is a tensor of several elements.
+    """
     products: dict[tuple[int, float], Tensor] = {}
     rates: list[float | Tensor] = []
     for group, inputs in zip(groups, fan_in, strict=True):
@@ -103,7 +111,14 @@ def lowered(meta: MetaParams, init_lr: float) -> MetaParams:
 
 
 def bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -> MetaParams:
-    """The same meta-parameters with another bound below the learned rates: `log_lr_min_steps`, `.._distance`."""
+    """The same meta-parameters with another bound below the learned rates.
+
+    Args:
+        min_lr: the bound, a learning rate. steps, distance: `log_lr_min_steps` and `log_lr_min_distance` of it.
+
+    Raises:
+        ValueError: `min_lr` is no positive number below the upper bound.
+    """
     if not _is(min_lr, lambda value: 0 < value < math.inf and math.log(value) < meta.config.log_lr_max):
         raise ValueError(
             f"Invalid min_lr: {min_lr!r}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"

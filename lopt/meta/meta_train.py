@@ -187,13 +187,16 @@ class MetaTraining:
     def summary(self) -> str:
         """What validation found at the start and at its best, in words."""
         validations = [(row[0], finals) for row in self.rows if (finals := _finals(row))]
-        _, start = validations[0]
-        step, best = min(validations, key=lambda validation: statistics.mean(validation[1].values()))
-        lines = [f"losses after {VALID_STEPS} steps relative to the first, before and at best (meta-step {step}):"]
-        for name, tasks in (("valid_final", "validation tasks"), ("own_final", "own tasks")):
-            if name in best and name in start:
-                lines.append(f"{tasks} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}")
-        return "\n  ".join(lines)
+        names = {"valid_final": "validation tasks", "own_final": "own tasks"}
+        alike = [validation for validation in validations if validation[1].keys() == validations[-1][1].keys()]
+        if not alike:
+            return "no validation yet"
+        first, start = alike[0]
+        step, best = min(alike, key=lambda validation: statistics.mean(validation[1].values()))
+        head = f"losses after {VALID_STEPS} steps relative to the first, at meta-step {first} and, the best, at {step}:"
+        return "\n  ".join(
+            [head, *(f"{names[name]} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}" for name in best)]
+        )
 
     def _begin_stage(self) -> None:
         self.worlds: dict[int, World] = {}
@@ -325,6 +328,9 @@ class MetaTraining:
             setattr(self, name, saved[name])
         self.pending = [(loss, norm, count) for loss, norm, count in self.pending]
         self.rows = [[*row[:VALID], *_cells(row[VALID:])] for row in self.rows]
+        validations = [finals for row in self.rows if (finals := _finals(row))]
+        if self.extra and validations and "own_final" not in validations[-1]:
+            self.best = float("inf")  # of scores without the user's tasks
         for mix, state in worlds.items():
             self.worlds[mix] = self._make_world(mix)
             self.worlds[mix].load_state_dict(state)

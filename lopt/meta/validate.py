@@ -77,8 +77,8 @@ class Scores(NamedTuple):
 
 
 def scores(losses: Tensor) -> Scores:
-    """losses: [K, R, P]."""
-    losses = torch.where(losses.isfinite(), losses, 1e30)
+    """losses: [K, R, P]; below zero counts as zero, as in meta-training."""
+    losses = torch.where(losses.isfinite(), losses, 1e30).clamp(min=0)
     start = losses[0].abs() + 1e-30
     last = max(1, round(SHARE * len(losses)))
     final = (losses[-last:].mean(0) / start + FLOOR).log()

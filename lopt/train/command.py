@@ -306,8 +306,8 @@ def _rivals(given: list[str] | tuple[str, ...], optimizer: str) -> tuple[str, ..
 
 
 def _check_parts(config: Config) -> None:
-    """Raises TrainError for a batch that cannot be shared equally, one GPU for several processes, and --sync-bn on a
-    CPU."""
+    """Raises TrainError for a batch that cannot be shared equally, one GPU for several processes, --sync-bn on a CPU,
+    and FSDP2 where it cannot train."""
     processes, device = announced(), torch.device(config.device)
     if processes > 1 and device.type != "cpu" and device.index is not None:
         raise TrainError(
@@ -319,6 +319,8 @@ def _check_parts(config: Config) -> None:
             f"--batch-size {config.batch_size} cannot be shared equally by {processes} processes in parts of "
             f"--accumulate {config.accumulate}: make it a multiple of {processes * config.accumulate}"
         )
+    if config.parallel == "fsdp" and (reason := parallel.unable_to_shard(device)):
+        raise TrainError(f"--parallel fsdp: {reason}; leave it out for DDP")
     if config.sync_bn and device.type == "cpu":
         raise TrainError(f"--sync-bn works on GPUs, not on device {config.device!r}: leave it out")
 

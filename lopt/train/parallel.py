@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lopt.distributed import is_dtensor, spread
-from lopt.train import TrainError
 from lopt.train.config import Config
 from lopt.train.group import Group
 
@@ -54,10 +53,7 @@ def prepare(model: nn.Module, config: Config, group: Group) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    device = next(model.parameters()).device
-    if reason := unable_to_shard(device):
-        raise TrainError(f"--parallel fsdp: {reason}; leave it out for DDP")
-    mesh = init_device_mesh(device.type, (group.size,))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (group.size,))
     for module in (*_units(model), model):
         fully_shard(module, mesh=mesh)
 

@@ -247,7 +247,7 @@ def test_float64_unroll_agrees(target, name):
 
 @cpu_test
 def test_the_clip_passes_gradients_as_if_it_were_not_there(target):
-    config, segments = dataclasses.replace(CONFIGS["default"], log_lr_min=-5.6, log_lr_max=-5.4), Segments([30])
+    config, segments = dataclasses.replace(CONFIGS["default"], log_lr_min=-5.625, log_lr_max=-5.375), Segments([30])
     meta = make_meta(config, torch.float64)
     inputs = make_state(config, segments, torch.float64, ())
     theirs = derivatives(reference.advance_flat, meta, config, segments, *inputs)

@@ -1,6 +1,7 @@
 """The loop and the command: learning, exact resume after kill -9, user tasks, errors."""
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -460,11 +461,21 @@ def test_the_users_tasks_are_validated_beside_the_others_and_count_as_much(tmp_p
     assert beside.rows[0][-4:] == [*alone.rows[0][-4:-2], *(pytest.approx(s.mean().item(), abs=1e-5) for s in score)]
     assert beside.best == (beside.rows[0][-4] + beside.rows[0][-2]) / 2
     assert "own tasks" in beside.summary and "own tasks" not in alone.summary
-    # A run that was begun without these columns goes on with them.
-    saved = alone.state_dict()
-    saved["rows"] = [row[:-2] for row in saved["rows"]]
-    alone.load_state_dict(saved)
-    assert alone.rows[0][-2:] == ["", ""]
+    for training in (alone, beside):  # a run that was begun without these columns goes on with them
+        saved = training.state_dict()
+        saved["rows"] = [row[:-2] for row in saved["rows"]]
+        training.load_state_dict(saved)
+        assert training.rows[0][-2:] == ["", ""] and "own tasks" not in training.summary
+        training._start_row()
+        assert ("own tasks" in training.summary) is (training is beside)
+    assert beside.best == math.inf and alone.best == alone.rows[0][-4]
+
+
+def test_a_loss_that_falls_below_zero_counts_as_zero_in_validation():
+    losses = torch.tensor([2.0, 1.0, *[-0.5] * 18]).reshape(20, 1, 1)
+    final, area = validate.scores(losses)
+    assert final.item() == pytest.approx(math.log(1e-8))
+    assert area.item() == pytest.approx((math.log(0.5) + 18 * math.log(1e-8)) / 20, rel=1e-5)
 
 
 def test_validation_is_the_same_for_all_rates_of_adam_and_finds_the_best_one():

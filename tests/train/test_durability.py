@@ -12,7 +12,9 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,26 +47,34 @@ def run(*options: object) -> int:
 
 
 def run_for(seconds: float, *options: object) -> int | None:
-    """Exit code of a run in a process of its own, forked to save its start; None if it was killed after `seconds`."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            code = run(*options)
-        finally:
-            os._exit(code)  # without the cleaning up of the tests' process
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return None
+    """Exit code of a run in a process of its own, forked to save its start; None if it was killed after `seconds`.
+
+    What a process that fails has said is printed.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                code = run(*options)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(code)  # without the cleaning up of the tests' process
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                if code := os.waitstatus_to_exitcode(status):
+                    said.seek(0)
+                    print(said.read().decode())
+                return code
+            time.sleep(0.002)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        return None
 
 
 @contextlib.contextmanager

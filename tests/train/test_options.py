@@ -291,6 +291,16 @@ def test_processes_that_cannot_share_a_batch_or_a_gpu_are_refused(monkeypatch: p
     command._check_parts(replace(CONFIG, batch_size=6, device="cuda"))
 
 
+def test_sharding_on_cpus_is_refused_where_torch_gets_it_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, parallel="fsdp")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cpu"))
+    with pytest.raises(TrainError, match="--parallel fsdp: on CPUs .* PyTorch 2.9 on, this is 2.8.0"):
+        command._check_parts(config)
+    command._check_parts(replace(config, device="cuda"))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0"))
+    command._check_parts(config)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--ema", "1"), ("--ema", "0"), ("--label-smoothing", "1"), ("--amp", "fp8"), ("--accumulate", "0")],
