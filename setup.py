@@ -56,7 +56,7 @@ CUDA_ARCHS = ("80", "90", "100", "120")  # Ampere, Hopper, Blackwell of both kin
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON += shlex.split(os.environ.get("CXXFLAGS", ""))
-KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # the last is GCC's default
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 PYTHON = f"-I{sysconfig.get_path('include')}"
 

@@ -6,13 +6,15 @@ LOPT_KILLS sets how often the run is killed, 6 by default.
 import argparse
 import contextlib
 import errno
-import math
+import importlib
+import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
-import tempfile
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,8 +34,13 @@ OPTIONS += ["--threads", 1, "--weight-decay", 0.01, "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "draw", lambda path, title, runs: None)
-    monkeypatch.setitem(models.OWN, "preresnet8", (4, 8, 16))
+    make_quick(monkeypatch.setattr, monkeypatch.setitem)
+
+
+def make_quick(setattr: Callable[..., None], setitem: Callable[..., None]) -> None:
+    """No curves, and a model so small that starting takes most of the time."""
+    setattr(plots, "draw", lambda path, title, runs: None)
+    setitem(models.OWN, "preresnet8", (4, 8, 16))
 
 
 def parsed(*options: object) -> argparse.Namespace:
@@ -46,35 +53,63 @@ def run(*options: object) -> int:
     return command.run(parsed(*options))
 
 
-def run_for(seconds: float, *options: object) -> int | None:
-    """Exit code of a run in a process of its own, forked to save its start; None if it was killed after `seconds`.
+class Forks:
+    """Runs in processes of their own, forked by one that has imported everything and run nothing: torch's threads do
+    not survive a fork."""
 
-    What a process that fails has said is printed.
-    """
-    with tempfile.TemporaryFile() as said:
+    def __init__(self, folder: Path) -> None:
+        self.said = folder / "said.txt"
+        with self.said.open("w") as said:
+            self.server = subprocess.Popen(
+                [sys.executable, "-W", "ignore", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                bufsize=0,  # so that what is left in the pipe is what is left to read
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+
+    def run_for(self, seconds: float | None, *options: object) -> int | None:
+        """Exit code of a run; None if it was killed after `seconds`. What a run that fails has said is printed."""
+        assert self.server.stdin and self.server.stdout
+        self.server.stdin.write(json.dumps([str(option) for option in options]).encode() + b"\n")
+        process = int(self.server.stdout.readline())
+        ended = bool(select.select([self.server.stdout], [], [], seconds)[0])
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+        code = int(self.server.stdout.readline())
+        if ended and code:
+            print(self.said.read_text()[-5000:])
+        return code if ended else None
+
+
+@pytest.fixture
+def forks(tmp_path: Path) -> Iterator[Forks]:
+    forks = Forks(tmp_path)
+    yield forks
+    with forks.server as server:
+        assert server.stdin
+        server.stdin.close()
+
+
+def serve() -> None:
+    """For each line of options on standard input: fork a run, say its process, and when it has ended its exit code."""
+    for module in ("sklearn.datasets", "sklearn.metrics", "torch._dynamo", "torch.utils.tensorboard", "tqdm"):
+        importlib.import_module(module)  # which each run would have to do
+    make_quick(setattr, dict.__setitem__)
+    for line in sys.stdin:
         process = os.fork()
         if process == 0:
             code = 1
             try:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                code = run(*options)
+                os.dup2(2, 1)
+                code = run(*json.loads(line))
             except BaseException:
-                os.write(2, traceback.format_exc().encode())
+                traceback.print_exc()
             finally:
-                os._exit(code)  # without the cleaning up of the tests' process
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                if code := os.waitstatus_to_exitcode(status):
-                    said.seek(0)
-                    print(said.read().decode())
-                return code
-            time.sleep(0.002)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        return None
+                os._exit(code)  # without the cleaning up of the process that forks
+        print(process, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
 @contextlib.contextmanager
@@ -90,11 +125,12 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_parameters_of_one_that_was_not(
-    tmp_path: Path, assert_same_run: Callable[[Path, Path], None]
+    tmp_path: Path, forks: Forks, assert_same_run: Callable[[Path, Path], None]
 ) -> None:
-    assert run(*OPTIONS, "--out", tmp_path / "whole") == 0  # with all imports, which a forked process has done
+    assert run(*OPTIONS, "--out", tmp_path / "whole") == 0
+    assert forks.run_for(None, *OPTIONS, "--steps", 1, "--out", tmp_path / "first") == 0  # the server has begun
     begin = time.monotonic()
-    assert run_for(math.inf, *OPTIONS, "--out", tmp_path / "twin") == 0
+    assert forks.run_for(None, *OPTIONS, "--out", tmp_path / "twin") == 0
     duration = time.monotonic() - begin
     assert_same_run(tmp_path / "whole", tmp_path / "twin")
     moments, killed, reached = random.Random(KILLS), 0, []
@@ -107,8 +143,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_parameters_of_one_that_was
         begun = (folder / "config.json").exists()
         if not begun and folder.exists():
             shutil.rmtree(folder)  # nothing of a run is there yet, but maybe a part of its configuration
-        seconds = math.inf if enough() else moments.uniform(0, duration)
-        code = run_for(seconds, *(["--resume", folder] if begun else [*OPTIONS, "--out", folder]))
+        seconds = None if enough() else moments.uniform(0, duration)
+        code = forks.run_for(seconds, *(["--resume", folder] if begun else [*OPTIONS, "--out", folder]))
         if code is None:
             killed += 1
             if (folder / "checkpoint.pt").exists():
@@ -162,3 +198,7 @@ def test_a_folder_that_became_read_only_ends_the_run_with_its_last_checkpoint(
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert run("--resume", folder, "--steps", 8) == 0
     assert int(read_metrics(folder / "metrics.csv")[-1][0]) == 8
+
+
+if __name__ == "__main__":
+    serve()
