@@ -321,8 +321,7 @@ class HRNN(Optimizer):
 
         Raises:
             ValueError: the groups do not match, or are another optimizer's or of other meta-parameters, or an option is
-                out of range, or a state has
-                another architecture or shape; nothing is changed then.
+                out of range, or a state has another architecture or shape; nothing is changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
@@ -636,9 +635,11 @@ class HRNN(Optimizer):
         """Find out, with all processes, what takes part in this step. They raise together at a non-finite gradient."""
         params = [param for group in self.param_groups for param in group["params"]]
         for param in params:
-            if param.grad is not None and param.grad.layout is not torch.strided:
+            if (grad := param.grad) is None:
+                continue
+            if grad.layout is not torch.strided:
                 raise _sparse()
-            if param.grad is not None and param.grad.numel() != param.numel():
+            if grad.numel() != param.numel():
                 raise _stale(param)
         capturable = all(group["capturable"] for group in self.param_groups)
         shards = distributed.agree(params, found_inf, grad_scale, exchange=not capturable)

@@ -38,8 +38,7 @@ def check_group(group: Group) -> None:
     """Raise ValueError if an option of a parameter group is out of range."""
     lr, init_lr, weight_decay = group["lr"], group["init_lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        _check_one(lr)
         lr = 1.0 if lr.is_meta else lr.item()
     if not _is(lr, lambda value: 0 <= value < math.inf):
         raise ValueError(f"Invalid learning rate: {lr!r}; it is a finite factor >= 0 of the learned step")
@@ -87,8 +86,8 @@ def rates_of(groups: Sequence[Group], fan_in: Sequence[int], matrices: int) -> l
     rates: list[float | Tensor] = []
     for group, inputs in zip(groups, fan_in, strict=True):
         lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:  # before anything has moved
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if isinstance(lr, Tensor):
+            _check_one(lr)  # before anything has moved
         factor = shortening(inputs, matrices, group["base_fan_in"], group["base_depth"])
         if factor < 1:
             if isinstance(lr, Tensor):  # one launch for each of a few widths
@@ -125,6 +124,11 @@ def bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -
         )
     bound = {"log_lr_min": math.log(min_lr), "log_lr_min_steps": steps, "log_lr_min_distance": distance}
     return MetaParams(dataclasses.replace(meta.config, **bound), meta)  # type: ignore[arg-type]
+
+
+def _check_one(lr: Tensor) -> None:
+    if lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
 
 
 def _is(value: Any, in_range: Callable[[Any], bool]) -> bool:

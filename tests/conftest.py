@@ -106,7 +106,7 @@ def failures_of(check: str, folder: Path, processes: int) -> list[str]:
             pytest.skip(outcome.removeprefix("skipped: "))
         if outcome is not None:
             said = (folder / f"said-{rank}.txt").read_text()[-2000:]
-            failures.append(f"process {rank}: {outcomes.get(check, f'not reached, see the check before it. {said}')}")
+            failures.append(f"process {rank}: {outcomes.get(check, f'{outcome}, see the check before it. {said}')}")
     return failures
 
 

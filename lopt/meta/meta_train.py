@@ -62,6 +62,7 @@ COLUMNS = (
     "own_area",
 )
 VALID = COLUMNS.index("valid_final")  # the first of the scores
+FINALS = {"valid_final": "validation tasks", "own_final": "own tasks"}  # by whose mean the best are chosen
 ROW_EVERY = 10
 CHECKPOINT_SECONDS = 60
 VALID_STEPS = 500
@@ -187,7 +188,6 @@ class MetaTraining:
     def summary(self) -> str:
         """What validation found at the start and at its best, in words."""
         validations = [(row[0], finals) for row in self.rows if (finals := _finals(row))]
-        names = {"valid_final": "validation tasks", "own_final": "own tasks"}
         alike = [validation for validation in validations if validation[1].keys() == validations[-1][1].keys()]
         if not alike:
             return "no validation yet"
@@ -195,7 +195,7 @@ class MetaTraining:
         step, best = min(alike, key=lambda validation: statistics.mean(validation[1].values()))
         head = f"losses after {VALID_STEPS} steps relative to the first, at meta-step {first} and, the best, at {step}:"
         return "\n  ".join(
-            [head, *(f"{names[name]} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}" for name in best)]
+            [head, *(f"{FINALS[name]} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}" for name in best)]
         )
 
     def _begin_stage(self) -> None:
@@ -327,7 +327,7 @@ class MetaTraining:
         for name in CHANGING:
             setattr(self, name, saved[name])
         self.pending = [(loss, norm, count) for loss, norm, count in self.pending]
-        self.rows = [[*row[:VALID], *_cells(row[VALID:])] for row in self.rows]
+        self.rows = [[*row, *[""] * (len(COLUMNS) - len(row))] for row in self.rows]
         validations = [finals for row in self.rows if (finals := _finals(row))]
         if self.extra and validations and "own_final" not in validations[-1]:
             self.best = float("inf")  # of scores without the user's tasks
@@ -360,16 +360,14 @@ class MetaTraining:
             mininterval=0.2 if sys.stderr.isatty() else 10,
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
         )
-        first, period, loss = self.group.rank == 0, CHECKPOINT_SECONDS, None
+        period, loss = CHECKPOINT_SECONDS, None
         saved = time.perf_counter()
         scalars = Scalars(folder / "tensorboard", SCALARS, self.done)
         with bar, contextlib.closing(scalars):
             if not self.rows and not self.done:
                 bar.set_description_str("validation")
                 self._start_row()
-                if first:
-                    self._keep_best(folder)
-                    scalars.add(0, dict(zip(COLUMNS, self.rows[-1], strict=True)))
+                self._publish(folder, scalars)
             (stopped,) = self.group.any([stop.received is not None])
             while not (self.finished or stopped):
                 name, rows = self._current.name, len(self.rows)
@@ -378,9 +376,7 @@ class MetaTraining:
                 loss = estimate.loss if loss is None else 0.95 * loss + 0.05 * estimate.loss
                 if len(self.rows) > rows:
                     rate = self.rows[-1][5]
-                    if first:
-                        self._keep_best(folder)
-                        scalars.add(self.done, dict(zip(COLUMNS, self.rows[-1], strict=True)))
+                    self._publish(folder, scalars)
                 else:
                     rate = self.pending[-1][2] / max(1e-9, self.seconds - before)
                 bar.set_description_str(name, refresh=False)
@@ -392,6 +388,12 @@ class MetaTraining:
                     saved = time.perf_counter()
         self.save(folder)
         return self.finished
+
+    def _publish(self, folder: Path, scalars: Scalars) -> None:
+        """The last row, at process 0: to TensorBoard, and its meta-parameters to a file if they are the best."""
+        if self.group.rank == 0:
+            self._keep_best(folder)
+            scalars.add(self.done, _named(self.rows[-1]))
 
     def _keep_best(self, folder: Path) -> None:
         finals = _finals(self.rows[-1])
@@ -426,16 +428,19 @@ def _check_start(start: HRNNConfig, config: HRNNConfig) -> None:
         )
 
 
+def _named(row: Sequence[Any]) -> dict[str, Any]:
+    """Name of a column -> its cell."""
+    return dict(zip(COLUMNS, row, strict=True))
+
+
 def _finals(row: Sequence[Any]) -> dict[str, float]:
-    """Name of a column -> score, by whose mean the best meta-parameters are chosen; empty if there is none."""
-    named = dict(zip(COLUMNS, row, strict=True))
-    return {name: named[name] for name in ("valid_final", "own_final") if named[name] != ""}
+    """Name of a column -> score, those of `FINALS`; empty where the row is no validation."""
+    return {name: cell for name, cell in _named(row).items() if name in FINALS and cell != ""}
 
 
 def _cells(scores: Sequence[float]) -> list[Any]:
     """The last columns of a row; empty where there is no score."""
-    cells = [score if score == "" else round(score, 5) for score in scores]
-    return [*cells, *[""] * (len(COLUMNS) - VALID - len(cells))]
+    return [*(round(score, 5) for score in scores), *[""] * (len(COLUMNS) - VALID - len(scores))]
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

@@ -79,7 +79,7 @@ class Scores(NamedTuple):
 def scores(losses: Tensor) -> Scores:
     """losses: [K, R, P]; below zero counts as zero, as in meta-training."""
     losses = torch.where(losses.isfinite(), losses, 1e30).clamp(min=0)
-    start = losses[0].abs() + 1e-30
+    start = losses[0] + 1e-30
     last = max(1, round(SHARE * len(losses)))
     final = (losses[-last:].mean(0) / start + FLOOR).log()
     area = (losses / start + FLOOR).log().mean(0)
