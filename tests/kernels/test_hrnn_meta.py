@@ -1,7 +1,8 @@
 """The fused parameter level of meta-training against the reference: values, derivatives, memory, threads.
 
-The C++ kernels on the CPU, Triton's on a GPU and, in a process with TRITON_INTERPRET=1 that test_hrnn.py starts, in its
-interpreter, where a step takes seconds: hence the few and small cases there.
+The C++ kernels on the CPU, Triton's on a GPU or, compiled for one, simulated (ptx/machine.py), and, in a process with
+TRITON_INTERPRET=1 that test_hrnn.py starts, in its interpreter, where a step takes seconds: hence the few and small
+cases there.
 """
 
 import dataclasses
@@ -41,16 +42,22 @@ IN_CPP = pytest.param(
     marks=pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unusable())),
 )
 ON_CPU = [pytest.param(Target(triton_flat, CPU), id="triton-interpreted") if INTERPRETED else IN_CPP]
-ON_GPU = [] if INTERPRETED else [pytest.param(Target(triton_flat, GPU), id="triton-gpu", marks=pytest.mark.gpu)]
-kernel_test = pytest.mark.parametrize("target", [*ON_CPU, *ON_GPU], indirect=True)
+ON_GPU, SIMULATED = (
+    [pytest.param(Target(triton_flat, device), id=f"triton-{where}", marks=mark)] if not INTERPRETED else []
+    for device, where, mark in ((GPU, "gpu", pytest.mark.gpu), (CPU, "simulated", pytest.mark.slow))
+)
+kernel_test = pytest.mark.parametrize("target", [*ON_CPU, *SIMULATED, *ON_GPU], indirect=True)
+compiled_test = pytest.mark.parametrize("target", [*SIMULATED, *ON_GPU], indirect=True)
 cpu_test = pytest.mark.parametrize("target", ON_CPU, indirect=True)
 gpu_test = pytest.mark.parametrize("target", ON_GPU, indirect=True)
 cpp_test = pytest.mark.parametrize("target", [] if INTERPRETED else [IN_CPP], indirect=True)
 
 
 @pytest.fixture
-def target(request) -> Target:
-    if request.param.module is triton_flat and (reason := triton.unusable()):
+def target(request, simulate) -> Target:
+    if request.param == Target(triton_flat, CPU) and not INTERPRETED:
+        simulate("triton")
+    elif request.param.module is triton_flat and (reason := triton.unusable()):
         pytest.skip(reason)
     return request.param
 
@@ -387,15 +394,17 @@ def test_meta_training_uses_it(target):
     assert distance(*gradients) < 1e-4  # both are rounded
 
 
-@gpu_test
+@compiled_test
 @pytest.mark.parametrize("batch", [(), (70,)], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_step_agrees_with_the_reference_on_a_gpu(target, name, batch):
+def test_one_step_agrees_with_the_reference_in_float32(target, name, batch):
     """In float32, whose rounding moves the derivatives by up to 1e-5 of themselves; 1e-4 where terms cancel.
 
     With damping a rise may round away, and its derivative with it: that of one in ten thousand values of many rows.
     """
-    config, segments = CONFIGS[name], Segments(SIZES["large"], target.device)
+    if target.device == CPU:
+        batch = (3,) if batch else ()
+    config, segments = CONFIGS[name], Segments(SIZES["mixed" if target.device == CPU else "large"], target.device)
     results = []
     for advance, dtype in ((target.advance, torch.float32), (reference.advance_flat, torch.float64)):
         meta = make_meta(config, dtype, device=target.device)
@@ -410,7 +419,9 @@ def test_one_step_agrees_with_the_reference_on_a_gpu(target, name, batch):
     assert sorted(worst.values())[len(worst) // 2] < usual, worst
 
 
-@gpu_test
+@compiled_test
 def test_two_derivatives_are_bitwise_equal(target):
-    runs = [unroll(target.advance, CONFIGS["attention"], torch.float32, SIZES["large"], 3, (40,), GPU) for _ in "ab"]
+    sizes, rows = ("mixed", 2) if target.device == CPU else ("large", 40)
+    arguments = CONFIGS["attention"], torch.float32, SIZES[sizes], 3, (rows,), target.device
+    runs = [unroll(target.advance, *arguments) for _ in "ab"]
     assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
