@@ -162,6 +162,7 @@ class MetaTraining:
         self.pending: list[tuple[float, float, int]] = []  # loss, gradient norm, task steps since the last row
         self.pending_seconds = 0.0
         self.best = float("inf")
+        self.remarks: list[str] = []  # on the user's tasks, of the last validation
         self._begin_stage()
 
     @property
@@ -194,9 +195,8 @@ class MetaTraining:
         first, start = alike[0]
         step, best = min(alike, key=lambda validation: statistics.mean(validation[1].values()))
         head = f"losses after {VALID_STEPS} steps relative to the first, at meta-step {first} and, the best, at {step}:"
-        return "\n  ".join(
-            [head, *(f"{FINALS[name]} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}" for name in best)]
-        )
+        scores = [f"{FINALS[name]} {math.exp(start[name]):.3g}, {math.exp(best[name]):.3g}" for name in best]
+        return "\n".join(["\n  ".join([head, *scores]), *self.remarks])
 
     def _begin_stage(self) -> None:
         self.worlds: dict[int, World] = {}
@@ -287,8 +287,10 @@ class MetaTraining:
     def _validate(self) -> list[float]:
         """Mean scores of the validation tasks, and behind them, if there are any, of the user's."""
         mixes = [list(validate.validation_tasks().values()), self.extra]
-        scores = [validate.scores(validate.learned(self.result, tasks, VALID_STEPS)) for tasks in mixes if tasks]
-        return [values.mean().item() for score in scores for values in score]
+        losses = [validate.learned(self.result, tasks, VALID_STEPS) for tasks in mixes if tasks]
+        if self.extra:
+            self.remarks = validate.remarks(self.extra, losses[1])
+        return [values.mean().item() for each in losses for values in validate.scores(each)]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes; complete at process 0 of the group, all of which have to call."""
@@ -368,6 +370,8 @@ class MetaTraining:
                 bar.set_description_str("validation")
                 self._start_row()
                 self._publish(folder, scalars)
+                for remark in self.remarks:
+                    bar.write(remark, file=sys.stderr)
             (stopped,) = self.group.any([stop.received is not None])
             while not (self.finished or stopped):
                 name, rows = self._current.name, len(self.rows)

@@ -86,6 +86,20 @@ def scores(losses: Tensor) -> Scores:
     return Scores(final.T, area.T)
 
 
+def remarks(tasks: Sequence[Task], losses: Tensor) -> list[str]:
+    """What of the tasks' losses, [K, R, P], does not count as it is: a line per task and reason, [] as a rule."""
+    found = []
+    reasons = {
+        "not finite, and count as no progress": ~losses.isfinite(),
+        "below zero, and count as zero: add what its lowest value is to the loss": losses < 0,
+    }
+    for index, task in enumerate(tasks):
+        for reason, of in reasons.items():
+            if (share := of[..., index].float().mean().item()) > 0:
+                found.append(f"{type(task).__name__}: {share:.1%} of the losses in validation are {reason}")
+    return found
+
+
 def _world(
     tasks: Sequence[Task],
     config: HRNNConfig,

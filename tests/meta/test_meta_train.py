@@ -478,6 +478,16 @@ def test_a_loss_that_falls_below_zero_counts_as_zero_in_validation():
     assert area.item() == pytest.approx((math.log(0.5) + 18 * math.log(1e-8)) / 20, rel=1e-5)
 
 
+def test_what_of_a_users_losses_does_not_count_as_it_is_is_said():
+    losses = torch.ones(10, 2, 3)
+    losses[5:, 0, 0], losses[9, :, 2] = -1.0, math.nan
+    tasks = [paper.Quadratic(4), networks.Linear(4, 3), paper.Bowl(5.0)]
+    below, not_finite = validate.remarks(tasks, losses)
+    assert below.startswith("Quadratic: 25.0% of the losses in validation are below zero")
+    assert not_finite.startswith("Bowl: 10.0% of the losses in validation are not finite")
+    assert validate.remarks(tasks, losses.abs().nan_to_num()) == []
+
+
 def test_validation_is_the_same_for_all_rates_of_adam_and_finds_the_best_one():
     tasks = [paper.Quadratic(4), networks.Linear(6, 3, samples=64)]
     losses = validate.adam(tasks, 60, rates=(1e-4, 1e-2, 1e-1))
