@@ -16,7 +16,7 @@ from lopt import HRNNConfig, MetaParams
 from lopt.backends import triton
 
 from .ptx import launch, machine
-from .ptx.memory import Fault, tensors
+from .ptx.memory import Fault
 from .ptx.source import parse
 
 TRITON = pytest.mark.skipif(triton.ABSENT is not None or triton.interpreted(), reason=str(triton.ABSENT))
@@ -53,7 +53,7 @@ PROGRAM = """
 def execute(body: str, words: torch.Tensor, threads: int, blocks: int = 1) -> None:
     """Run a program over words of memory."""
     (kernel,) = parse(PROGRAM.format(threads=threads, body=body)).values()
-    machine.run(kernel, blocks, struct.pack("q", words.data_ptr()), tensors())
+    machine.run(kernel, blocks, struct.pack("q", words.data_ptr()), launch.tensors_of(words))
 
 
 def of_one(instructions: str, *operands: int) -> int:

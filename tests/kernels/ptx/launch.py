@@ -11,6 +11,7 @@ import functools
 import itertools
 import re
 import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,41 @@ from lopt import backends, native
 from lopt.backends import cuda, triton, triton_flat
 
 from .machine import run
-from .memory import tensors
 from .source import parse
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 FIELD_TYPES = {"int": ctypes.c_int, "bool": ctypes.c_bool, "float": ctypes.c_float}
 LAUNCHES = itertools.count()
+
+
+def tensors_of(*values: Any) -> list[tuple[int, int]]:
+    """Begin and end of the memory of tensors: of values, in containers and in objects of lopt."""
+    found, seen, todo = {}, set(), list(values)
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif type(value).__module__.startswith("lopt.") and hasattr(value, "__dict__"):
+            todo += vars(value).values()
+    return sorted((begin, begin + size) for begin, size in found.items() if size)
+
+
+def within_reach(*arguments: Any) -> list[tuple[int, int]]:
+    """The same of a launch's arguments and of what lopt's functions hold that have led to it."""
+    values, frame = list(arguments), sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("lopt."):
+            values += frame.f_locals.values()
+        frame = frame.f_back
+    return tensors_of(*values)
 
 
 class Dim(ctypes.Structure):
@@ -97,7 +126,7 @@ class Cuda:
             assert (threads.x, threads.y, threads.z, blocks.y, blocks.z) == (kernel.threads, 1, 1, 1, 1)
             params = ctypes.string_at(args[0], kernel.params_size)
             self.launched.append((kernel.name, blocks.x))
-            run(kernel, blocks.x, params, tensors(), shared, seed=next(LAUNCHES))
+            run(kernel, blocks.x, params, within_reach(), shared, seed=next(LAUNCHES))
         except BaseException as error:  # a callback of C has nobody to raise to
             self._fault = error
             return 1
@@ -140,14 +169,8 @@ def launch_triton(compiled: Any, blocks: int, *values: Any) -> None:
             continue
         packed = np.int64(value.data_ptr()) if type_.startswith("*") else PACKED[type_](value)
         params = params.ljust(-(-len(params) // packed.nbytes) * packed.nbytes, b"\0") + packed.tobytes()
-    run(
-        kernel,
-        blocks,
-        params.ljust(kernel.params_size, b"\0"),
-        tensors(),
-        compiled.metadata.shared,
-        seed=next(LAUNCHES),
-    )
+    params = params.ljust(kernel.params_size, b"\0")
+    run(kernel, blocks, params, within_reach(*values), compiled.metadata.shared, seed=next(LAUNCHES))
 
 
 _parse = functools.lru_cache(maxsize=64)(parse)

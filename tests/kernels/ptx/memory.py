@@ -1,7 +1,7 @@
 """What a kernel's threads load and store, and whether they may: bounds, alignment, initial values, races.
 
-Memory of a GPU is memory of this process: an address is an address, and allowed where a tensor lies. Two accesses to
-the same place, one of them a store, need an order between them, whatever the hardware would do first. There is one
+Memory of a GPU is memory of this process: an address is an address, and allowed where the launch says so. Two accesses
+to the same place, one of them a store, need an order between them, whatever the hardware would do first. There is one
 
     within a thread;
     within a warp, if a barrier of the warp lies between;
@@ -14,15 +14,11 @@ Accesses are told apart to two bytes; threads that store the value that is alrea
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import gc
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 Array = npt.NDArray
 Change = Callable[[int], int]
@@ -204,28 +200,6 @@ class Segment:
     def __init__(self, data: Array, begin: int, size: int) -> None:
         self.data, self.begin, self.size = data, begin, size
         self.shadow: Shadow | None = None
-
-
-_FROZEN: list[weakref.ref[torch.Tensor]] = []
-atexit.register(gc.unfreeze)  # what is left at the end is looked for then
-
-
-def tensors() -> list[tuple[int, int]]:
-    """Begin and end of the memory of all tensors that this process has on the CPU.
-
-    The collector knows them. All else that it knows is taken out of its sight where it has become much.
-    """
-    objects = gc.get_objects()
-    alive = [value for value in objects if issubclass(type(value), torch.Tensor)]  # isinstance asks the objects
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for value in (*alive, *(ref() for ref in _FROZEN))
-        if value is not None and value.layout == torch.strided and value.device.type == "cpu"
-    }
-    if len(objects) > 20_000:
-        _FROZEN.extend(map(weakref.ref, alive))
-        gc.freeze()
-    return sorted((begin, begin + size) for begin, size in storages.items() if size)
 
 
 class Memory:
