@@ -113,6 +113,11 @@ def number(word: int) -> float:
         ("mul.f32 %r8, %r5, %r6;", (bits(2.0**-100), bits(2.0**-40)), bits(2.0**-140)),
         ("ex2.approx.ftz.f32 %r8, %r5;", (bits(-130.0),), 0),
         ("lg2.approx.ftz.f32 %r8, %r5;", (bits(8.0),), bits(3.0)),
+        (
+            "mov.b64 %rd2, {%r5, %r6}; fma.rn.f32x2 %rd3, %rd2, %rd2, %rd2; mov.b64 {%r8, %r9}, %rd3;",
+            (bits(3.0), bits(5.0)),
+            bits(12.0),
+        ),
         ("min.f16x2 %r8, %r5, %r6;", (0x3C00C000, 0x40003C00), 0x3C00C000),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -23,7 +23,8 @@ DTYPES |= {
     "f64": np.dtype(np.float64),
     "pred": np.dtype(bool),
 }
-DTYPES |= {"bf16": np.dtype(np.uint16), "f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32)}
+DTYPES |= {"bf16": np.dtype(np.uint16), "f16x2": np.dtype("u4"), "bf16x2": np.dtype("u4"), "f32x2": np.dtype("u8")}
+PAIRS = {"f16x2": DTYPES["f16"], "f32x2": DTYPES["f32"]}
 FLOATS = ("f16", "f32", "f64")
 TINY = np.float32(2.0**-126)
 
@@ -245,15 +246,12 @@ def paired(to: str, mode: str) -> Function:
     return of
 
 
-def by_halves(function: Function) -> Function:
-    """A function of float16 for both halves of registers."""
+def in_pairs(function: Function, part: np.dtype) -> Function:
+    """A function of numbers for both halves of registers."""
 
     def of(*values: Array) -> Array:
-        results = []
-        for place in (0, 16):
-            halves = [((value >> place) & 0xFFFF).astype(np.uint16).view(np.float16) for value in values]
-            results.append(function(*halves).view(np.uint16).astype(np.uint32) << place)
-        return results[0] | results[1]
+        pairs = (np.ascontiguousarray(value).view(part).reshape(-1, 2) for value in values)
+        return np.ascontiguousarray(function(*pairs)).view(values[0].dtype).reshape(-1)
 
     return of
 

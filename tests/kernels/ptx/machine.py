@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import arithmetic
-from .arithmetic import DTYPES, FLOATS
+from .arithmetic import DTYPES, FLOATS, PAIRS
 from .memory import LOCAL, SHARED, UNSIGNED, WARP, Array, Clock, Fault, Memory
 from .source import BITS, Address, Float, Kernel, Operand, Register, Statement, Symbol
 
@@ -247,12 +247,12 @@ def compute(function, to: Operand, to_type: str, from_: Iterable[tuple[Operand, 
 )
 def _numbers(statement: Statement, kernel: Kernel) -> Action:
     type_, (to, *from_) = statement.type, statement.operands
-    if type_ == "f16x2":
-        function = arithmetic.by_halves(arithmetic.number_function(statement))
-        return compute(function, to, "b32", [(operand, "b32") for operand in from_], kernel)
-    if type_ not in FLOATS:
+    if type_ not in FLOATS and type_ not in PAIRS:
         return _integers(statement, kernel)
-    return compute(arithmetic.number_function(statement), to, type_, [(operand, type_) for operand in from_], kernel)
+    function = arithmetic.number_function(statement)
+    if type_ in PAIRS:
+        function = arithmetic.in_pairs(function, PAIRS[type_])
+    return compute(function, to, type_, [(operand, type_) for operand in from_], kernel)
 
 
 @instruction("rem", "mad", "and", "or", "xor", "not", "shl", "shr", "prmt", "bfe", "bfi", "lop3")

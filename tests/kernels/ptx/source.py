@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f16": 16, "f32": 32, "f64": 64}
 BITS |= {f"{sign}{bits}": bits for sign in "us" for bits in (8, 16, 32, 64)}
-BITS |= {"bf16": 16, "f16x2": 32, "bf16x2": 32}
+BITS |= {"bf16": 16, "f16x2": 32, "bf16x2": 32, "f32x2": 64}
 
 
 @dataclasses.dataclass(frozen=True)
