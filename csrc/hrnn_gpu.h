@@ -333,7 +333,7 @@ LOPT_HD void prepare(const B& block, const gpu::Advance& args, PrepareShared& sh
       LOPT_UNROLL for (int p = 0; p < 4; p++) look(four.part[p]);
     }
     for (; at < range.end; at++) look(load_any(dtype, grad, at));  // of one thread
-    if (!within && *args.skip == 0) *args.skip = 1;  // all who write, write the same
+    if (!within) *args.skip = 1;  // all who write, write the same
   });
 }
 

@@ -352,7 +352,7 @@ def prepare(
     LOG_LR_MIN_STEPS, LOG_LR_MIN_DISTANCE: as in the configuration.
     bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
-    skip: [], becomes 1 at a gradient beyond LIMIT unless it is not 0 already.
+    skip: [], becomes 1 at a gradient beyond LIMIT.
     PROBLEM: the log lr is taken relative to the mean over all tensors, otherwise over its own.
     COMPACT: the format of the state.
     """

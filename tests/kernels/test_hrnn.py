@@ -291,19 +291,23 @@ def state_of(optimizer: lopt.HRNN) -> list[Tensor]:
 
 @kernel_test
 def test_a_step_with_an_overflow_changes_nothing(target):
-    param = torch.nn.Parameter(torch.ones(3, device=target.device))
-    optimizer = lopt.HRNN([param], meta=MetaParams.init(seed=3), backend=target.name)
-    param.grad = torch.tensor([1.0, -2.0, 3.0], device=target.device)
-    optimizer.step()
+    params = [torch.nn.Parameter(torch.ones(n, device=target.device)) for n in (3, 2)]
+    optimizer = lopt.HRNN(params, meta=MetaParams.init(seed=3), backend=target.name)
+
+    def step(*grads: list[float]) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.tensor(grad, device=target.device)
+        optimizer.step()
+
+    step([1.0, -2.0, 3.0], [1.0, 1.0])
     before = state_of(optimizer)
     for poison in ("nan", "-inf", "1e19"):
-        param.grad = torch.tensor([1.0, float(poison), 3.0], device=target.device)
-        optimizer.step()
-    param.grad = torch.ones(3, device=target.device)
+        step([1.0, float(poison), 3.0], [1.0, 1.0])
+    step([float("nan")] * 3, [float("nan")] * 2)
     optimizer.found_inf = torch.ones((), device=target.device)
-    optimizer.step()
+    step([1.0] * 3, [1.0] * 2)
     assert all(torch.equal(left, right) for left, right in zip(before, state_of(optimizer), strict=True))
-    assert optimizer.skipped_steps == 4
+    assert optimizer.skipped_steps == 5
 
 
 @kernel_test
