@@ -31,6 +31,8 @@ from lopt.backends import coverage, cuda, gpu, reference, triton
 from lopt.interop import tf1
 from lopt.state import SAMPLES, init_global, init_state
 
+from .ptx import launch
+
 INTERPRETED = triton.interpreted()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RECORDINGS = Path(__file__).parents[1] / "recordings"
@@ -77,6 +79,7 @@ ON_GPU, SIMULATED = (
 kernel_test = pytest.mark.parametrize("target", [*ON_CPU, *SIMULATED, *ON_GPU], indirect=True)
 cpu_test = pytest.mark.parametrize("target", [*ON_CPU, *SIMULATED], indirect=True)
 compiled_test = pytest.mark.parametrize("target", [*SIMULATED, *ON_GPU], indirect=True)
+simulated_test = pytest.mark.parametrize("target", SIMULATED, indirect=True)
 gpu_test = pytest.mark.parametrize("target", ON_GPU, indirect=True)
 
 
@@ -727,6 +730,21 @@ def test_a_step_launches_little_beside_its_kernels(target):
     counted = "_local_scalar_dense" if target.device == CPU else "add_"  # the skipped steps
     launched = [name.split(".")[1] for name in operators.names if name.startswith("aten.")]
     assert launched == ["zero_", counted]
+
+
+@simulated_test
+def test_a_step_is_four_launches_however_many_tensors_there_are(target):
+    for tensors in (1, 40):
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(tensors)]
+        optimizer = lopt.HRNN(params, meta=MetaParams.init(seed=3), backend=target.name)
+        for param in params:
+            param.grad = torch.ones(5)
+        optimizer.step()
+        before = len(launch.LAUNCHES)
+        optimizer.step()
+        names = launch.LAUNCHES[before:]
+        assert len(names) == 4
+        assert all(name in full for name, full in zip(("prepare", "advance", "summarise", "apply"), names, strict=True))
 
 
 @gpu_test

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import re
 import subprocess
 import sys
@@ -24,12 +23,12 @@ from lopt import backends, native
 from lopt.backends import cuda, triton, triton_flat
 
 from .machine import run
-from .source import parse
+from .source import Kernel, parse
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 FIELD_TYPES = {"int": ctypes.c_int, "bool": ctypes.c_bool, "float": ctypes.c_float}
-LAUNCHES = itertools.count()
+LAUNCHES: list[str] = []  # names of the kernels that have run
 
 
 def tensors_of(*values: Any) -> list[tuple[int, int]]:
@@ -61,6 +60,12 @@ def within_reach(*arguments: Any) -> list[tuple[int, int]]:
     return tensors_of(*values)
 
 
+def launch(kernel: Kernel, blocks: int, params: bytes, allowed: list[tuple[int, int]], shared: int) -> None:
+    """Run a kernel; threads get at atomic operations in another order each time."""
+    LAUNCHES.append(kernel.name)
+    run(kernel, blocks, params, allowed, shared, seed=len(LAUNCHES))
+
+
 class Dim(ctypes.Structure):
     _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
 
@@ -82,11 +87,7 @@ def structure(name: str) -> type[ctypes.Structure]:
 
 
 class Cuda:
-    """The stages of csrc/hrnn_cuda.cu as lopt._C has them, and everything else that it has.
-
-    Attributes:
-        ptx: of the kernels. launched: name of every kernel that ran, and how many blocks of it.
-    """
+    """The stages of csrc/hrnn_cuda.cu as lopt._C has them, and everything else that it has."""
 
     def __init__(self, folder: Path) -> None:
         library = folder / "lopt_cuda.so"
@@ -95,7 +96,6 @@ class Cuda:
         sources = [str(CSRC / "hrnn_cuda.cu"), str(HERE / "runtime.cpp")]
         subprocess.run([*command, *sources], check=True, capture_output=True, timeout=300)
         self.kernels = parse((folder / "hrnn_cuda.ptx").read_text())
-        self.launched: list[tuple[str, int]] = []
         self._library = ctypes.CDLL(str(library))
         self._follow, self._fault = LAUNCHED(self._launch), None
         self._library.lopt_follow(self._follow)
@@ -124,9 +124,7 @@ class Cuda:
         try:
             kernel = self.kernels[name.decode()]
             assert (threads.x, threads.y, threads.z, blocks.y, blocks.z) == (kernel.threads, 1, 1, 1, 1)
-            params = ctypes.string_at(args[0], kernel.params_size)
-            self.launched.append((kernel.name, blocks.x))
-            run(kernel, blocks.x, params, within_reach(), shared, seed=next(LAUNCHES))
+            launch(kernel, blocks.x, ctypes.string_at(args[0], kernel.params_size), within_reach(), shared)
         except BaseException as error:  # a callback of C has nobody to raise to
             self._fault = error
             return 1
@@ -151,7 +149,8 @@ class Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        """No number of a real one: kernels are kept by it, and with them how to launch them."""
+        return 1000 + self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -170,7 +169,7 @@ def launch_triton(compiled: Any, blocks: int, *values: Any) -> None:
         packed = np.int64(value.data_ptr()) if type_.startswith("*") else PACKED[type_](value)
         params = params.ljust(-(-len(params) // packed.nbytes) * packed.nbytes, b"\0") + packed.tobytes()
     params = params.ljust(kernel.params_size, b"\0")
-    run(kernel, blocks, params, within_reach(*values), compiled.metadata.shared, seed=next(LAUNCHES))
+    launch(kernel, blocks, params, within_reach(*values), compiled.metadata.shared)
 
 
 _parse = functools.lru_cache(maxsize=64)(parse)
@@ -182,11 +181,11 @@ def install_triton(monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> Non
     from triton.runtime import driver
 
     def start(compiled: Any) -> None:
-        def launch(x, y, z, stream, function, metadata, launch_metadata, enter, exit_, *values):
+        def launcher(x, y, z, stream, function, metadata, launch_metadata, enter, exit_, *values):
             assert (y, z) == (1, 1)
             launch_triton(compiled, x, *values)
 
-        compiled._run = launch
+        compiled._run = launcher
 
     monkeypatch.setattr(CompiledKernel, "_init_handles", start)
     monkeypatch.setattr(type(driver), "active", Driver(capability))
