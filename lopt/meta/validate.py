@@ -88,15 +88,18 @@ def scores(losses: Tensor) -> Scores:
 
 def remarks(tasks: Sequence[Task], losses: Tensor) -> list[str]:
     """What of the tasks' losses, [K, R, P], does not count as it is: a line per task and reason, [] as a rule."""
-    found = []
+    finite = losses.isfinite()
     reasons = {
-        "not finite, and count as no progress": ~losses.isfinite(),
-        "below zero, and count as zero: add what its lowest value is to the loss": losses < 0,
+        "not finite, and count as diverged": ~finite,
+        "below zero, and count as zero: add to the loss what its lowest value is below zero": finite & (losses < 0),
     }
+    found = []
     for index, task in enumerate(tasks):
         for reason, of in reasons.items():
-            if (share := of[..., index].float().mean().item()) > 0:
-                found.append(f"{type(task).__name__}: {share:.1%} of the losses in validation are {reason}")
+            if count := int(of[..., index].sum()):
+                found.append(
+                    f"{type(task).__name__}: {count} of {of[..., index].numel()} validation losses are {reason}"
+                )
     return found
 
 

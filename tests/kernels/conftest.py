@@ -21,6 +21,8 @@ def cuda_ptx(tmp_path_factory) -> launch.Cuda:
 def simulate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[str], None]:
     """A function after which the backend of a name, "cuda" or "triton", takes CPU tensors and runs compiled kernels."""
 
+    launch.LAUNCHES.clear()
+
     def install(name: str) -> None:
         if name == "triton":
             if triton.ABSENT:

@@ -480,12 +480,14 @@ def test_a_loss_that_falls_below_zero_counts_as_zero_in_validation():
 
 def test_what_of_a_users_losses_does_not_count_as_it_is_is_said():
     losses = torch.ones(10, 2, 3)
-    losses[5:, 0, 0], losses[9, :, 2] = -1.0, math.nan
+    losses[5:, 0, 0], losses[9, :, 2] = -1.0, torch.tensor([math.nan, -math.inf])
     tasks = [paper.Quadratic(4), networks.Linear(4, 3), paper.Bowl(5.0)]
     below, not_finite = validate.remarks(tasks, losses)
-    assert below.startswith("Quadratic: 25.0% of the losses in validation are below zero")
-    assert not_finite.startswith("Bowl: 10.0% of the losses in validation are not finite")
-    assert validate.remarks(tasks, losses.abs().nan_to_num()) == []
+    assert below.startswith("Quadratic: 5 of 20 validation losses are below zero, and count as zero")
+    assert not_finite == "Bowl: 2 of 20 validation losses are not finite, and count as diverged"
+    final = validate.scores(losses).final
+    assert final[0, 0] == pytest.approx(math.log(1e-8)) and (final[2] > 10).all()
+    assert validate.remarks(tasks, torch.ones(10, 2, 3)) == []
 
 
 def test_validation_is_the_same_for_all_rates_of_adam_and_finds_the_best_one():

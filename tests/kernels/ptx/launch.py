@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from lopt import backends, native
-from lopt.backends import cuda, triton, triton_flat
+from lopt import HRNNConfig, backends, native
+from lopt.backends import coverage, cuda, triton, triton_flat
 
 from .machine import run
 from .source import Kernel, parse
@@ -92,9 +92,21 @@ class Cuda:
     def __init__(self, folder: Path) -> None:
         library = folder / "lopt_cuda.so"
         command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_80", "-cudart", "none", "-shared"]
-        command += ["-Xcompiler", "-fPIC", f"-I{CSRC}", "-keep", "-keep-dir", str(folder), "-o", str(library)]
+        command += [
+            "-Xcompiler",
+            "-fPIC",
+            "-Xlinker",
+            "-Bsymbolic",
+            f"-I{CSRC}",
+            "-keep",
+            "-keep-dir",
+            str(folder),
+            "-o",
+            str(library),
+        ]
         sources = [str(CSRC / "hrnn_cuda.cu"), str(HERE / "runtime.cpp")]
-        subprocess.run([*command, *sources], check=True, capture_output=True, timeout=300)
+        done = subprocess.run([*command, *sources], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
         self.kernels = parse((folder / "hrnn_cuda.ptx").read_text())
         self._library = ctypes.CDLL(str(library))
         self._follow, self._fault = LAUNCHED(self._launch), None
@@ -180,6 +192,9 @@ def install_triton(monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> Non
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
+    def covers(kernels: triton_flat.Kernels, config: HRNNConfig, like: torch.Tensor) -> bool:
+        return like.dtype == torch.float32 and coverage.unsupported(config) is None
+
     def start(compiled: Any) -> None:
         def launcher(x, y, z, stream, function, metadata, launch_metadata, enter, exit_, *values):
             assert (y, z) == (1, 1)
@@ -190,5 +205,5 @@ def install_triton(monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> Non
     monkeypatch.setattr(CompiledKernel, "_init_handles", start)
     monkeypatch.setattr(type(driver), "active", Driver(capability))
     monkeypatch.setattr(triton, "unusable", lambda: None)
-    monkeypatch.setattr(triton_flat.Kernels, "covers", lambda kernels, config, like: like.dtype == torch.float32)
+    monkeypatch.setattr(triton_flat.Kernels, "covers", covers)
     monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend(triton.__name__, "cpu"))

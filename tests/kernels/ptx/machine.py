@@ -49,10 +49,14 @@ class Launch:
     ) -> None:
         self.kernel, self.blocks, self.threads = kernel, blocks, kernel.threads
         count = blocks * kernel.threads
+        assert kernel.threads % WARP == 0 or count < WARP, "warps lie in one block each"
         self.params = np.frombuffer(params.ljust(kernel.params_size + 8, b"\0"), np.uint8)
         self.clock = Clock(blocks, kernel.threads)
         self.memory = Memory(self.clock, blocks, kernel.shared_size + shared, kernel.local_size, allowed)
-        self.registers = [np.zeros(count, bool if bits == 1 else UNSIGNED[bits // 8]) for bits in kernel.registers]
+        self.registers = [  # at first anything
+            np.ones(count, bool) if bits == 1 else np.full(count * bits // 8, 0xA5, np.uint8).view(UNSIGNED[bits // 8])
+            for bits in kernel.registers
+        ]
         self.place = np.zeros(count, np.int32)
         self.waits = np.zeros(count, bool)
         self.all = np.arange(count)
@@ -120,6 +124,10 @@ class Launch:
             self.waits[threads] = True
         ended, waits = (self.place == LAST).reshape(self.blocks, -1), self.waits.reshape(self.blocks, -1)
         ready = np.repeat((ended | waits).all(1), self.threads) & self.waits
+        lanes = (self.blocks * -(-self.threads // WARP), -1)
+        first, last = np.where(ready, self.place, LAST).reshape(lanes), np.where(ready, self.place, -1).reshape(lanes)
+        if (ready.reshape(lanes).any(1) & (first.min(1) != last.max(1))).any():
+            raise Fault("a barrier of the block that parts of a warp take in different places")
         self.clock.block[ready] += 1
         self.clock.warp[ready] += 1
         self.waits[ready] = False
@@ -160,13 +168,49 @@ def instruction(*names: str):
     return register
 
 
+ROUNDINGS, SPACES = "rn rz rm rp ", "global shared shared_cta local param "
+COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor "
+MODIFIERS = {  # of each instruction, those that mean something here, its types apart
+    **dict.fromkeys(("add", "sub", "mul", "fma"), ROUNDINGS + "ftz lo hi wide"),
+    **dict.fromkeys(("div", "rcp", "sqrt", "rsqrt", "ex2", "lg2"), "rn approx full ftz"),
+    **dict.fromkeys(("min", "max"), "ftz NaN"),
+    **dict.fromkeys(("abs", "neg"), "ftz"),
+    "mad": "lo wide hi",
+    "setp": COMPARISONS,
+    "cvt": ROUNDINGS + "rni rzi rmi rpi ftz sat",
+    "cvta": SPACES + "to",
+    "ld": SPACES + "v2 v4 ca cg cs nc",
+    "st": SPACES + "v2 v4 wb cs",
+    "atom": SPACES + "gpu acq_rel add",
+    "membar": "gl cta",
+    "fence": "acq_rel gpu cta",
+    "bra": "uni",
+    "bar": "sync warp",
+    "shfl": "sync bfly",
+    "redux": "sync max min add",
+    "ldmatrix": "sync aligned m8n8 x1 x2 x4 trans " + SPACES,
+    "stmatrix": "sync aligned m8n8 x1 x2 x4 " + SPACES,
+    "mma": "sync aligned m16n8k16 row col",
+}
+OPERANDS = {  # of those that compute, the result included
+    **dict.fromkeys(("fma", "mad", "prmt", "bfe", "selp"), 4),
+    **dict.fromkeys(("add", "sub", "mul", "div", "min", "max", "copysign", "rem", "and", "or", "xor", "shl", "shr"), 3),
+    **dict.fromkeys(("rcp", "sqrt", "rsqrt", "ex2", "lg2", "abs", "neg", "not", "cvta", "mov"), 2),
+    **dict.fromkeys(("bfi", "lop3"), 5),
+}
+
+
 def action(statement: Statement, kernel: Kernel) -> Action:
     make = ACTIONS.get(statement.name)
     if make is None:
         raise NotImplementedError(f"{statement.text}: this instruction is not known here")
+    if unknown := set(statement.modifiers) - set(MODIFIERS.get(statement.name, "").split()) - set(BITS):
+        raise NotImplementedError(f"{statement.text}: .{min(unknown)} is not known here")
+    if len(statement.operands) != OPERANDS.get(statement.name, len(statement.operands)):
+        raise NotImplementedError(f"{statement.text}: not known here with so many operands")
     try:
         return make(statement, kernel)
-    except (KeyError, AssertionError, ValueError) as error:
+    except (KeyError, AssertionError, ValueError, TypeError) as error:
         raise NotImplementedError(f"{statement.text}: not known here in this form: {error!r}") from error
 
 
@@ -193,6 +237,7 @@ def reader(operand: Operand, type_: str, kernel: Kernel) -> Callable[[Launch, Gr
             constant = np.array([operand % (1 << 8 * dtype.itemsize)], f"u{dtype.itemsize}").view(dtype)
     elif isinstance(operand, Symbol) and operand.name.startswith("%"):
         name = operand.name
+        assert name.partition(".")[0] in ("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid")
         return lambda launch, group: launch.special(name, group.threads).astype(dtype)
     else:
         assert isinstance(operand, Symbol)
@@ -249,6 +294,7 @@ def _numbers(statement: Statement, kernel: Kernel) -> Action:
     type_, (to, *from_) = statement.type, statement.operands
     if type_ not in FLOATS and type_ not in PAIRS:
         return _integers(statement, kernel)
+    assert type_ == "f32" or not {"rz", "rm", "rp", "ftz", "approx"} & set(statement.modifiers)
     function = arithmetic.number_function(statement)
     if type_ in PAIRS:
         function = arithmetic.in_pairs(function, PAIRS[type_])
@@ -398,6 +444,7 @@ def _atom(statement: Statement, kernel: Kernel) -> Action:
         reader(value, f"u{8 * width}", kernel),
         writer(to, f"u{8 * width}", kernel),
     )
+    assert space == "global" and not {"cta", "cluster"} & set(statement.modifiers)
     orders = "acq_rel" in statement.modifiers
 
     def act(launch: Launch, group: Group) -> None:
@@ -416,8 +463,10 @@ def _atom(statement: Statement, kernel: Kernel) -> Action:
 
 @instruction("membar", "fence")
 def _membar(statement: Statement, kernel: Kernel) -> Action:
+    between_blocks = bool({"gl", "gpu", "sys"} & set(statement.modifiers))
+
     def act(launch: Launch, group: Group) -> None:
-        for thread in group.threads:
+        for thread in group.threads if between_blocks else ():
             launch.clock.fence(int(thread))
 
     return act
@@ -450,6 +499,7 @@ def _ret(statement: Statement, kernel: Kernel) -> Action:
 @instruction("bar", "barrier")
 def _bar(statement: Statement, kernel: Kernel) -> Action:
     if "warp" in statement.modifiers:
+        assert statement.operands in ((-1,), (0xFFFFFFFF,))
 
         def sync(launch: Launch, group: Group) -> None:
             launch.warps(group, "a barrier of a warp")
@@ -458,6 +508,7 @@ def _bar(statement: Statement, kernel: Kernel) -> Action:
         return sync
     assert "sync" in statement.modifiers and statement.operands[0] == 0
     assert statement.operands[1:] in ((), (kernel.threads,))
+
     return lambda launch, group: launch.meet(group.threads)
 
 

@@ -6,10 +6,11 @@ to the same place, one of them a store, need an order between them, whatever the
     within a thread;
     within a warp, if a barrier of the warp lies between;
     within a block, if a barrier of the block does;
-    between blocks, if the earlier one's thread, or one that met it at a barrier, then issues a fence and an atomic
-        operation, and the later one's sees the result of that, issues a fence, and meets the others at a barrier.
+    between blocks, if the earlier one's meets at a barrier, a thread of it then issues a fence and an atomic operation,
+        and one of the later one's sees the result of that, issues a fence, and meets the others at a barrier.
 
-Accesses are told apart to two bytes; threads that store the value that is already there race with nobody.
+Accesses are told apart to two bytes. Stores of the value that is already there do not race with other stores. Not
+judged: atomic operations themselves, and whether global memory has been written before.
 """
 
 from __future__ import annotations
@@ -40,25 +41,23 @@ class Clock:
     Attributes:
         block, warp: each thread's barriers of its block and of its warp so far.
         seen: [blocks, blocks] what is visible to the first of two blocks: all that the second did before as many of
-            its barriers, and what its thread `publisher` did after the last of them. It is visible to the first one's
-            thread `by`, and to its others after its barrier `at`.
+            its barriers. It is visible to the first one's thread `by`, and to its others after its barrier `at`.
     """
 
     def __init__(self, blocks: int, threads: int) -> None:
         self.threads = threads
         self.block, self.warp = np.zeros((2, blocks * threads), np.int32)
-        self.seen, self.at, self.by, self.publisher = np.full((4, blocks, blocks), -1, np.int32)
+        self.seen, self.at, self.by = np.full((3, blocks, blocks), -1, np.int32)
         self.fenced = np.full(blocks * threads, -1, np.int32)  # each thread's block barriers at its last fence
-        self.published: dict[int, dict[int, tuple[int, int]]] = {}  # address -> block -> barriers, thread
-        self.drawn: dict[int, dict[int, tuple[int, int]]] = {}  # thread -> the same, not fenced yet
+        self.published: dict[int, dict[int, int]] = {}  # address -> block -> barriers
+        self.drawn: dict[int, dict[int, int]] = {}  # thread -> the same, not fenced yet
 
     def fence(self, thread: int) -> None:
         self.fenced[thread] = self.block[thread]
         block = thread // self.threads
-        for other, (barriers, publisher) in self.drawn.pop(thread, {}).items():
+        for other, barriers in self.drawn.pop(thread, {}).items():
             self.seen[block, other] = barriers
             self.at[block, other], self.by[block, other] = self.block[thread], thread
-            self.publisher[block, other] = publisher
 
     def atomic(self, thread: int, address: int, orders: bool) -> None:
         """An atomic operation; `orders` where it is a fence before and behind itself."""
@@ -67,7 +66,7 @@ class Clock:
         published = self.published.setdefault(address, {})
         self.drawn[thread] = {key: value for key, value in published.items() if key != thread // self.threads}
         if self.fenced[thread] == self.block[thread]:
-            published[thread // self.threads] = int(self.block[thread]), thread
+            published[thread // self.threads] = int(self.block[thread])
         if orders:
             self.fence(thread)
 
@@ -85,10 +84,8 @@ class Clock:
             within |= earlier == thread
         if len(self.seen) == 1:
             return within
-        seen = self.seen[ours, theirs]
-        visible = (barriers < seen) | ((group == 1) & (earlier == self.publisher[ours, theirs]) & (barriers <= seen))
         met = (thread == self.by[ours, theirs]) | (self.block[thread] > self.at[ours, theirs])
-        return np.where(ours == theirs, within, visible & met)
+        return np.where(ours == theirs, within, (barriers < self.seen[ours, theirs]) & met)
 
     def after_all(self, barriers: Array, thread: Array) -> Array:
         """Whether what each block did after so many barriers is visible: [blocks, accesses], -1 where it did none."""
@@ -100,13 +97,21 @@ class Clock:
         return ((barriers < 0) | np.where(own, barriers < self.block[thread], visible)).all(0)
 
 
-ONE, ONE_WARP, ONE_BLOCK, MANY = range(4)  # who has read a granule
+ONE, ONE_WARP, ONE_BLOCK, MANY = range(4)  # who has used a granule: one thread, or several of a warp, a block, or more
 
 
 def widen(kind: Array, first: Array, second: Array, threads: int) -> None:
     """Let kinds cover both of two threads."""
     for wider, size in ((ONE_WARP, 1), (ONE_BLOCK, WARP), (MANY, threads)):
         kind[(first // size != second // size) & (kind < wider)] = wider
+
+
+def spread(kinds: Array, kind: Array, at: Array, last: Array, thread: Array, threads: int) -> None:
+    """Note kinds of granules, of which one instruction may use one for several threads; `last` is one of them."""
+    kinds[at] = kind
+    if (last != thread).any():
+        widen(kind, last, thread, threads)
+        np.maximum.at(kinds, at, kind)
 
 
 class Shadow:
@@ -116,7 +121,7 @@ class Shadow:
         granules = -(-size // GRANULE)
         self.writer, self.reader = np.full((2, granules), -1, np.int32)
         self.written, self.written_sync, self.read, self.read_sync = np.zeros((4, granules), np.int32)
-        self.readers = np.zeros(granules, np.int8)
+        self.writers, self.readers = np.zeros((2, granules), np.int8)
         self.by_block: Array | None = None  # [blocks, granules] barriers before the last load, where there are MANY
         self.last_store = -1  # barriers before it
 
@@ -126,47 +131,56 @@ class Shadow:
         quiet: every store so far comes before.
         """
         reader, read = self.reader[at], self.read[at]
-        unique = bool((np.diff(at[:, 0]) > 0).all()) or len(np.unique(at[:, 0])) == len(at)
-        kind = np.full(at.shape, ONE if unique or not quiet else ONE_BLOCK, np.int8)
+        kind = np.zeros(at.shape, np.int8)
         fresh = reader < 0
         if not fresh.all():
             here = reader // clock.threads == thread // clock.threads
             fresh |= here & (read < clock.block[thread]) & (self.readers[at] < MANY)
             if not quiet and not fresh.all():
                 fresh |= self._read_before(clock, at, thread) & (self.readers[at] < MANY)
-            kind = np.where(fresh, kind, np.maximum(kind, self.readers[at]))
+            kind = np.where(fresh, kind, self.readers[at])
             widen(kind, np.where(fresh, thread, reader), thread, clock.threads)
         self.reader[at], self.read[at], self.read_sync[at] = thread, clock.block[thread], clock.warp[thread]
-        self.readers[at] = kind
-        if not unique:
-            widen(kind, self.reader[at], thread, clock.threads)  # by others that load the same now
-            np.maximum.at(self.readers, at, kind)
+        spread(self.readers, kind, at, self.reader[at], thread, clock.threads)
         if (many := self.readers[at] == MANY).any():
             self._take_down(clock, at[many], thread[many], reader[many], read[many])
         if quiet:
             return np.zeros(at.shape, bool)
-        writer = self.writer[at]
-        return (writer >= 0) & ~clock.ordered(writer, self.written[at], self.written_sync[at], 1, thread)
+        return (self.writer[at] >= 0) & ~self._written_before(clock, at, thread)
 
-    def store(self, clock: Clock, at: Array, thread: Array) -> Array:
-        """Take down stores to granules by threads; returns where they race."""
-        writer = self.writer[at]
-        races = (writer >= 0) & ~clock.ordered(writer, self.written[at], self.written_sync[at], 1, thread)
-        races |= (self.reader[at] >= 0) & ~self._read_before(clock, at, thread)
+    def store(self, clock: Clock, at: Array, thread: Array) -> tuple[Array, Array]:
+        """Take down stores to granules by threads; returns where they race with loads, and where with stores."""
+        writer, kind = self.writer[at], self.writers[at]
+        with_stores = (writer >= 0) & ~self._written_before(clock, at, thread)
+        with_loads = (self.reader[at] >= 0) & ~self._read_before(clock, at, thread)
+        kind = np.where(with_stores, kind, ONE).astype(np.int8)
+        widen(kind, np.where(with_stores, writer, thread), thread, clock.threads)
         self.writer[at], self.written[at], self.written_sync[at] = thread, clock.block[thread], clock.warp[thread]
+        spread(self.writers, kind, at, self.writer[at], thread, clock.threads)
         self.last_store = max(self.last_store, int(clock.block[thread].max()))
-        return races
+        return with_loads, with_stores
+
+    def _written_before(self, clock: Clock, at: Array, thread: Array) -> Array:
+        """Whether all stores to granules come before what threads do now."""
+        written = self.writer[at], self.written[at], self.written_sync[at]
+        return self._before(clock, *written, self.writers[at], thread) & (self.writers[at] < MANY)
 
     def _read_before(self, clock: Clock, at: Array, thread: Array) -> Array:
         """Whether all loads of granules come before what threads do now."""
-        reader, read, sync, kind = self.reader[at], self.read[at], self.read_sync[at], self.readers[at]
-        before = clock.ordered(reader, read, sync, 1, thread)
-        for several, group in ((ONE_WARP, WARP), (ONE_BLOCK, clock.threads)):
-            if (kind == several).any():
-                before = np.where(kind == several, clock.ordered(reader, read, sync, group, thread), before)
+        kind = self.readers[at]
+        before = self._before(clock, self.reader[at], self.read[at], self.read_sync[at], kind, thread)
         if (many := kind == MANY).any():
             assert self.by_block is not None
             before[many] = clock.after_all(self.by_block[:, at[many]], thread[many])
+        return before
+
+    @staticmethod
+    def _before(clock: Clock, earlier: Array, barriers: Array, syncs: Array, kind: Array, thread: Array) -> Array:
+        """Whether accesses by those that `kind` says of `earlier`, MANY apart, come before what threads do now."""
+        before = clock.ordered(earlier, barriers, syncs, 1, thread)
+        for several, group in ((ONE_WARP, WARP), (ONE_BLOCK, clock.threads)):
+            if (kind == several).any():
+                before = np.where(kind == several, clock.ordered(earlier, barriers, syncs, group, thread), before)
         return before
 
     def _take_down(self, clock: Clock, at: Array, thread: Array, reader: Array, read: Array) -> None:
@@ -213,7 +227,7 @@ class Memory:
         self.shared_stride, self.local_stride = (-(-size // 16) * 16 for size in (shared, local))
         self.shared = Segment(np.zeros(blocks * self.shared_stride, np.uint8), 0, shared)
         self.shared.shadow = Shadow(blocks * self.shared_stride)
-        self.local = Segment(np.zeros(blocks * threads * self.local_stride, np.uint8), 0, local)
+        self.local = Segment(np.full(blocks * threads * self.local_stride, 0xA5, np.uint8), 0, local)
 
     def load(self, space: str, address: Array, thread: Array, width: int, count: int, constant: bool = False) -> Array:
         """`count` neighbouring numbers of `width` bytes for each thread: [count, threads].
@@ -230,7 +244,7 @@ class Memory:
                 if segment is self.shared and (shadow.writer[at] < 0).any():
                     raise Fault(f"a load of shared memory that nobody has written, by thread {own[0, 0]}")
                 quiet = shadow.last_store < (self.clock.block[own].min() if segment is self.shared else 0)
-                judge(shadow.load(self.clock, at, own, quiet), own, f"load of {space} memory")
+                judge(shadow.load(self.clock, at, own, quiet), own, f"load of {space or 'any'} memory")
             numbers, places = segment.data.view(UNSIGNED[width]), (segment.begin + offset) // width
             for i in range(count):
                 result[i, part] = numbers[places + i]
@@ -244,10 +258,9 @@ class Memory:
             if shadow := segment.shadow:
                 at = granules(offset, width * count)
                 own = np.broadcast_to(thread[part][:, None], at.shape)
-                written = shadow.writer[at] >= 0
-                races = shadow.store(self.clock, at, own)
                 changed = np.any([numbers[places + i] != values[i, part] for i in range(count)], 0)[:, None]
-                judge(races & (changed | ~written), own, f"store to {space} memory")
+                with_loads, with_stores = shadow.store(self.clock, at, own)
+                judge(with_loads | with_stores & changed, own, f"store to {space or 'any'} memory")
             for i in range(count):
                 numbers[places + i] = values[i, part]
             if any((numbers[places + i] != values[i, part]).any() for i in range(count)):
@@ -286,8 +299,10 @@ class Memory:
         piece = np.searchsorted(self.begins, offset, side="right") - 1
         for index in np.unique(piece):
             part = np.flatnonzero(piece == index)
+            if index < 0:
+                raise Fault(f"an access of {size} bytes to global memory that is no tensor's, before all of them")
             segment, inside = self.pieces[index], offset[part] - self.begins[index]
-            if index < 0 or inside.max() + size > segment.size:
+            if inside.max() + size > segment.size:
                 where = f"{int(inside.max())} bytes behind the begin of one that has {segment.size}"
                 raise Fault(f"an access of {size} bytes to global memory that is no tensor's, {where}")
             if segment.shadow is None:

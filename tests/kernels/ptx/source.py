@@ -100,7 +100,6 @@ ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
 VARIABLE = re.compile(r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z]\w*)((?:\.[\w:]+)*)\s*(.*)", re.DOTALL)
-PIECES = re.compile(r"[{};]|\n\s*\.(?:loc|file|section|pragma)[^\n;]*;?|([\w$]+):(?!:)|[^{};]+")
 
 
 def parse(text: str) -> dict[str, Kernel]:
