@@ -111,6 +111,12 @@ def number(word: int) -> float:
         ("setp.ne.f32 %p0, %r5, %r5; selp.b32 %r8, 1, 2, %p0;", (bits(float("nan")),), 2),
         ("setp.neu.f32 %p0, %r5, %r5; selp.b32 %r8, 1, 2, %p0;", (bits(float("nan")),), 1),
         ("fma.rn.f32 %r8, %r5, %r5, %r6;", (bits(1 + 2.0**-23), bits(-1 - 2.0**-22)), bits(2.0**-46)),
+        (
+            "cvt.f64.f32 %rd2, %r5; fma.rn.f64 %rd3, %rd2, %rd2, 0dBFF0000000000000; cvt.rn.f32.f64 %r8, %rd3;",
+            (bits(1 + 2.0**-23),),
+            bits(2.0**-22),
+        ),
+        ("div.approx.f32 %r8, %r5, %r6;", (bits(2.0**127), bits(2.0**127)), 0),
         ("add.rz.f32 %r8, %r5, %r6;", (bits(1.0), bits(-(2.0**-30))), bits(1 - 2.0**-24)),
         ("mul.ftz.f32 %r8, %r5, %r6;", (bits(2.0**-100), bits(2.0**-40)), 0),
         ("mul.f32 %r8, %r5, %r6;", (bits(2.0**-100), bits(2.0**-40)), bits(2.0**-140)),

@@ -85,7 +85,14 @@ APPROXIMATE = {
     "sqrt": approximate(np.sqrt, 2.0**-23),
     "div": approximate(quotient, 2.0**-22),
 }
-HUGE = np.float32(2.0**126)  # div.approx by more is 0
+
+
+def rough_quotient(x: Array, y: Array) -> Array:
+    """div.approx, which is 0 by numbers beyond 2^126."""
+    beyond = np.isfinite(y) & (np.abs(y) > np.float32(2.0**126))
+    return np.where(beyond, np.copysign(np.float32(0), x * y), APPROXIMATE["div"](x, y))
+
+
 EXACT = {"rcp": np.reciprocal, "sqrt": np.sqrt, "div": quotient, "add": np.add, "sub": np.subtract, "mul": np.multiply}
 BINARY = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
@@ -261,6 +268,13 @@ def in_pairs(function: Function, part: np.dtype) -> Function:
     return of
 
 
+def halves(x: Array) -> tuple[Array, Array]:
+    """float64 as the sum of two numbers whose products are exact (Veltkamp)."""
+    big = x * 134217729.0
+    upper = big - (big - x)
+    return upper, x - upper
+
+
 def multiplied_and_added(mode: str) -> Function:
     """fma: of float32 by float64, whose own rounding before that to float32 matters in one case of 2^29.
 
@@ -281,24 +295,12 @@ def multiplied_and_added(mode: str) -> Function:
     return of
 
 
-def halves(x: Array) -> tuple[Array, Array]:
-    """float64 as the sum of two numbers whose products are exact (Veltkamp)."""
-    big = x * 134217729.0
-    upper = big - (big - x)
-    return upper, x - upper
-
-
 def number_function(statement: Statement) -> Function:
     """The function of a statement that computes with floating numbers of float32 or float64."""
     name, modifiers = statement.name, statement.modifiers
     mode = next((modifier for modifier in modifiers if modifier in ("rn", "rz", "rm", "rp")), "rn")
     if name == "div" and "approx" in modifiers:
-
-        def function(x: Array, y: Array) -> Array:
-            return np.where(
-                np.isfinite(y) & (np.abs(y) > HUGE), np.copysign(np.float32(0), x * y), APPROXIMATE[name](x, y)
-            )
-
+        function = rough_quotient
     elif name in APPROXIMATE and ("approx" in modifiers or "full" in modifiers):
         function = APPROXIMATE[name]
     elif name == "fma":

@@ -56,8 +56,9 @@ class Clock:
         self.fenced[thread] = self.block[thread]
         block = thread // self.threads
         for other, barriers in self.drawn.pop(thread, {}).items():
-            self.seen[block, other] = barriers
-            self.at[block, other], self.by[block, other] = self.block[thread], thread
+            if barriers > self.seen[block, other]:
+                self.seen[block, other] = barriers
+                self.at[block, other], self.by[block, other] = self.block[thread], thread
 
     def atomic(self, thread: int, address: int, orders: bool) -> None:
         """An atomic operation; `orders` where it is a fence before and behind itself."""
