@@ -18,18 +18,23 @@ def cuda_ptx(tmp_path_factory) -> launch.Cuda:
 
 
 @pytest.fixture
-def simulate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """A function after which the backend of a name, "cuda" or "triton", takes CPU tensors and runs compiled kernels."""
+def simulate(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, emulate_cuda: Callable[[], None]
+) -> Callable[..., None]:
+    """A function after which the backend of a name, "cuda" or "triton", takes CPU tensors and runs compiled kernels.
 
+    Triton compiles for a GPU of compute capability `capability`. Skips the test where there is no compiler.
+    """
     launch.LAUNCHES.clear()
 
-    def install(name: str) -> None:
+    def install(name: str, capability: int = 90) -> None:
         if name == "triton":
-            if triton.ABSENT:
-                pytest.skip(triton.ABSENT)
-            return launch.install_triton(monkeypatch)
+            if reason := triton.ABSENT or ("Triton interprets in this process" if triton.interpreted() else None):
+                pytest.skip(reason)
+            return launch.install_triton(monkeypatch, capability)
         if reason := native.absent() or (None if shutil.which("nvcc") else "nvcc is not on PATH"):
             pytest.skip(reason)
-        request.getfixturevalue("cuda_ptx").install(monkeypatch)
+        emulate_cuda()
+        launch.install_cuda(monkeypatch, request.getfixturevalue("cuda_ptx"))
 
     return install

@@ -5,7 +5,6 @@ computed here from the words of the PTX manual.
 """
 
 import re
-import shutil
 import struct
 
 import numpy as np
@@ -14,17 +13,10 @@ import torch
 
 import lopt
 from lopt import HRNNConfig, MetaParams
-from lopt.backends import triton
 
 from .ptx import launch, machine
 from .ptx.memory import Fault
 from .ptx.source import parse
-
-TRITON = pytest.mark.skipif(
-    triton.ABSENT is not None or triton.interpreted(), reason=triton.ABSENT or "Triton interprets in this process"
-)
-NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-WARP = 32
 
 # Threads find their number in %r0, the block's in %r1, and in %rd0 where their own word of the argument is.
 PROGRAM = """
@@ -155,20 +147,19 @@ def test_approximations_are_off_by_much_of_what_the_manual_allows_and_by_no_more
     assert 0.9 * bound < (error / scale).max() <= bound + 2**-24
 
 
-@TRITON
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 64])
-def test_matrices_multiplied_as_triton_compiles_it_are_their_product(monkeypatch, size):
-    import triton as triton_
+def test_matrices_multiplied_as_triton_compiles_it_are_their_product(simulate, size):
+    simulate("triton", capability=80)
+    import triton
     import triton.language as tl
 
-    @triton_.jit
+    @triton.jit
     def multiply(a, b, c, SIZE: tl.constexpr):
         i = tl.arange(0, SIZE)
         at = i[:, None] * SIZE + i[None, :]
         tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
 
-    launch.install_triton(monkeypatch, capability=80)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).half() for _ in range(2))
     c = torch.full((size, size), torch.nan)
@@ -308,19 +299,16 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, name: str, modifier: str, kernel_
 @pytest.mark.parametrize(
     ("backend", "kernel", "name", "modifier", "state_format"),
     [
-        pytest.param(*case, id="-".join(case), marks=NVCC if case[0] == "cuda" else TRITON)
-        for case in (
-            ("cuda", "prepare", "bar", "sync", "float32"),
-            ("cuda", "advance", "bar", "sync", "float32"),
-            ("cuda", "advance", "bar", "warp", "compact"),
-            ("cuda", "advance", "membar", "gl", "float32"),
-            ("cuda", "advance", "membar", "gl", "compact"),
-            ("cuda", "summarise", "bar", "sync", "float32"),
-            ("cuda", "summarise", "membar", "gl", "float32"),
-            ("triton", "prepare", "bar", "sync", "float32"),
-            ("triton", "advance", "bar", "sync", "float32"),
-            ("triton", "summarise", "bar", "sync", "float32"),
-        )
+        ("cuda", "prepare", "bar", "sync", "float32"),
+        ("cuda", "advance", "bar", "sync", "float32"),
+        ("cuda", "advance", "bar", "warp", "compact"),
+        ("cuda", "advance", "membar", "gl", "float32"),
+        ("cuda", "advance", "membar", "gl", "compact"),
+        ("cuda", "summarise", "bar", "sync", "float32"),
+        ("cuda", "summarise", "membar", "gl", "float32"),
+        ("triton", "prepare", "bar", "sync", "float32"),
+        ("triton", "advance", "bar", "sync", "float32"),
+        ("triton", "summarise", "bar", "sync", "float32"),
     ],
 )
 def test_a_kernel_without_its_barriers_or_fences_races(
@@ -338,7 +326,7 @@ def test_a_kernel_without_its_barriers_or_fences_races(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state_format", ["float32", "compact"])
-@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=NVCC), pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_no_kernel_races_as_it_is(simulate, backend, state_format):
     simulate(backend)
     assert train(backend, state_format).isfinite().all()

@@ -17,13 +17,9 @@ from .source import BITS, Statement
 Function = Callable[..., Any]
 DTYPES = {f"s{8 * size}": np.dtype(f"i{size}") for size in UNSIGNED}
 DTYPES |= {f"{kind}{8 * size}": np.dtype(f"u{size}") for size in UNSIGNED for kind in "bu"}
-DTYPES |= {
-    "f16": np.dtype(np.float16),
-    "f32": np.dtype(np.float32),
-    "f64": np.dtype(np.float64),
-    "pred": np.dtype(bool),
-}
-DTYPES |= {"bf16": np.dtype(np.uint16), "f16x2": np.dtype("u4"), "bf16x2": np.dtype("u4"), "f32x2": np.dtype("u8")}
+DTYPES |= {f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)}
+DTYPES |= {"bf16": DTYPES["b16"], "f16x2": DTYPES["b32"], "bf16x2": DTYPES["b32"], "f32x2": DTYPES["b64"]}
+DTYPES["pred"] = np.dtype(bool)
 PAIRS = {"f16x2": DTYPES["f16"], "f32x2": DTYPES["f32"]}
 FLOATS = ("f16", "f32", "f64")
 TINY = np.float32(2.0**-126)

@@ -73,6 +73,7 @@ class Dim(ctypes.Structure):
 LAUNCHED = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, Dim, Dim, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
 
 
+@functools.cache
 def structure(name: str) -> type[ctypes.Structure]:
     """An argument of csrc/hrnn_cuda.h, as its text declares it."""
     text = re.sub(r"//[^\n]*", "", (CSRC / "hrnn_cuda.h").read_text())
@@ -91,19 +92,10 @@ class Cuda:
 
     def __init__(self, folder: Path) -> None:
         library = folder / "lopt_cuda.so"
-        command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_80", "-cudart", "none", "-shared"]
-        command += [
-            "-Xcompiler",
-            "-fPIC",
-            "-Xlinker",
-            "-Bsymbolic",
-            f"-I{CSRC}",
-            "-keep",
-            "-keep-dir",
-            str(folder),
-            "-o",
-            str(library),
-        ]
+        command = (
+            "nvcc -std=c++17 -O3 -arch=compute_80 -cudart none -shared -Xcompiler -fPIC -Xlinker -Bsymbolic".split()
+        )
+        command += [f"-I{CSRC}", "-keep", "-keep-dir", str(folder), "-o", str(library)]
         sources = [str(CSRC / "hrnn_cuda.cu"), str(HERE / "runtime.cpp")]
         done = subprocess.run([*command, *sources], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
@@ -116,18 +108,18 @@ class Cuda:
         return getattr(native.load(), name)
 
     def gpu_advance(self, emulated: bool, stream: int, values: dict[str, Any]) -> None:
-        self._stage("advance", structure("Advance"), values)
+        self._stage("Advance", values)
 
     def gpu_summarise(self, emulated: bool, stream: int, values: dict[str, Any]) -> None:
-        self._stage("summarise", structure("Summarise"), values)
+        self._stage("Summarise", values)
 
     def gpu_apply(self, emulated: bool, stream: int, values: dict[str, Any]) -> None:
-        self._stage("apply", structure("Apply"), values)
+        self._stage("Apply", values)
 
-    def _stage(self, name: str, type_: type[ctypes.Structure], values: dict[str, Any]) -> None:
-        stage = getattr(self._library, f"lopt_{name}")
+    def _stage(self, name: str, values: dict[str, Any]) -> None:
+        stage = getattr(self._library, f"lopt_{name.lower()}")
         stage.restype, self._fault = ctypes.c_char_p, None
-        error = stage(ctypes.byref(type_(**values)))
+        error = stage(ctypes.byref(structure(name)(**values)))
         if self._fault is not None:
             raise self._fault
         assert error is None, error
@@ -142,11 +134,10 @@ class Cuda:
             return 1
         return 0
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let lopt's CUDA backend launch here, on CPU tensors."""
-        monkeypatch.setattr(cuda, "native", types.SimpleNamespace(load=lambda: self, absent=native.absent))
-        monkeypatch.setattr(cuda, "unusable", lambda: None)
-        monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend(cuda.__name__, "cpu"))
+
+def install_cuda(monkeypatch: pytest.MonkeyPatch, compiled: Cuda) -> None:
+    """Let lopt's CUDA backend, where CPU tensors can ask for it, launch `compiled`."""
+    monkeypatch.setattr(cuda, "native", types.SimpleNamespace(load=lambda: compiled, absent=native.absent))
 
 
 class Driver:
@@ -187,7 +178,7 @@ def launch_triton(compiled: Any, blocks: int, *values: Any) -> None:
 _parse = functools.lru_cache(maxsize=64)(parse)
 
 
-def install_triton(monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> None:
+def install_triton(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     """Let Triton compile for a GPU that is not there and launch by `launch_triton`, and lopt use it on CPU tensors."""
     from triton.compiler import CompiledKernel
     from triton.runtime import driver

@@ -110,7 +110,7 @@ class Launch:
                     actions[place](self, acting)
                 except Fault as fault:
                     raise Fault(f"{self.kernel.name}, {statement.text}: {fault}") from None
-            if statement.name in ("bra", "ret", "exit", "bar", "barrier"):
+            if statement.name in ("bra", "ret", "exit", "bar"):
                 next_ = self.place[group.index]
                 if statement.name != "bra" or (next_ != next_[0]).any():
                     return
@@ -168,7 +168,7 @@ def instruction(*names: str):
     return register
 
 
-ROUNDINGS, SPACES = "rn rz rm rp ", "global shared shared_cta local param "
+ROUNDINGS, SPACES = "rn rz rm rp ", "global shared local param "
 COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor "
 MODIFIERS = {  # of each instruction, those that mean something here, its types apart
     **dict.fromkeys(("add", "sub", "mul", "fma"), ROUNDINGS + "ftz lo hi wide"),
@@ -252,10 +252,9 @@ def writer(operand: Operand, type_: str, kernel: Kernel) -> Callable[[Launch, Gr
     unsigned = np.dtype(bool) if bits == 1 else np.dtype(UNSIGNED[bits // 8])
 
     def write(launch: Launch, group: Group, values: Array) -> None:
-        if values.dtype != dtype:
-            raise TypeError(f"{values.dtype} for {dtype}")
-        bits = values.view(unsigned) if dtype.itemsize == unsigned.itemsize else values.astype(unsigned)
-        launch.registers[index][group.index] = bits
+        assert values.dtype == dtype, f"{values.dtype} for {dtype}"
+        same = dtype.itemsize == unsigned.itemsize
+        launch.registers[index][group.index] = values.view(unsigned) if same else values.astype(unsigned)
 
     return write
 
@@ -271,6 +270,16 @@ def address_of(operand: Operand, kernel: Kernel) -> Callable[[Launch, Group], Ar
         return lambda launch, group: (launch.registers[index][group.index] + moved).astype(np.uint64)
     place = base if isinstance(base, int) else kernel.offset(base.name)
     return lambda launch, group: np.full(len(group.threads), place + offset, np.uint64)
+
+
+def each(read: Callable[[Launch, Group], Array], launch: Launch, group: Group) -> Array:
+    """What a reader gets, also of a constant, for each thread of a group."""
+    return np.broadcast_to(read(launch, group), group.threads.shape)
+
+
+def listed(operand: Operand) -> tuple[Operand, ...]:
+    """The members of a vector, or the operand alone."""
+    return operand if isinstance(operand, tuple) else (operand,)
 
 
 def compute(function, to: Operand, to_type: str, from_: Iterable[tuple[Operand, str]], kernel: Kernel) -> Action:
@@ -385,19 +394,17 @@ def _mov(statement: Statement, kernel: Kernel) -> Action:
 
 def access(statement: Statement) -> tuple[str, int, int]:
     """Space, bytes of a number and how many of them of a load or store."""
-    spaces = {"global", "shared", "local", "param", "const"}
-    space = next((m.partition("_")[0] for m in statement.modifiers if m.partition("_")[0] in spaces), "")
+    space = next((modifier for modifier in statement.modifiers if modifier in SPACES.split()), "")
     count = next((int(m[1:]) for m in statement.modifiers if m in ("v2", "v4")), 1)
     return space, BITS[statement.type] // 8, count
 
 
-@instruction("ld", "ldu")
+@instruction("ld")
 def _ld(statement: Statement, kernel: Kernel) -> Action:
     space, width, count = access(statement)
     to, from_ = statement.operands
-    registers = to if isinstance(to, tuple) else (to,)
-    assert len(registers) == count
-    writes = [writer(register, statement.type, kernel) for register in registers]
+    writes = [writer(register, statement.type, kernel) for register in listed(to)]
+    assert len(writes) == count
     dtype = DTYPES[statement.type]
     address, unchanging = address_of(from_, kernel), "nc" in statement.modifiers
     if space == "param":
@@ -421,14 +428,12 @@ def _ld(statement: Statement, kernel: Kernel) -> Action:
 def _st(statement: Statement, kernel: Kernel) -> Action:
     space, width, count = access(statement)
     to, from_ = statement.operands
-    operands = from_ if isinstance(from_, tuple) else (from_,)
-    assert len(operands) == count
-    reads = [reader(operand, statement.type, kernel) for operand in operands]
+    reads = [reader(operand, statement.type, kernel) for operand in listed(from_)]
+    assert len(reads) == count
     address = address_of(to, kernel)
 
     def act(launch: Launch, group: Group) -> None:
-        shape = group.threads.shape
-        values = np.stack([np.broadcast_to(read(launch, group), shape).view(UNSIGNED[width]) for read in reads])
+        values = np.stack([each(read, launch, group).view(UNSIGNED[width]) for read in reads])
         launch.memory.store(space, address(launch, group), group.threads, values)
 
     return act
@@ -438,24 +443,16 @@ def _st(statement: Statement, kernel: Kernel) -> Action:
 def _atom(statement: Statement, kernel: Kernel) -> Action:
     space, width, _ = access(statement)
     to, where, value = statement.operands
-    assert "add" in statement.modifiers and statement.type[0] in "us"
-    address, read, write = (
-        address_of(where, kernel),
-        reader(value, f"u{8 * width}", kernel),
-        writer(to, f"u{8 * width}", kernel),
-    )
-    assert space == "global" and not {"cta", "cluster"} & set(statement.modifiers)
-    orders = "acq_rel" in statement.modifiers
+    assert space == "global" and "add" in statement.modifiers and statement.type[0] in "us"
+    type_, address = f"u{8 * width}", address_of(where, kernel)
+    read, write, orders = reader(value, type_, kernel), writer(to, type_, kernel), "acq_rel" in statement.modifiers
 
     def act(launch: Launch, group: Group) -> None:
-        addresses = address(launch, group)
-        values = np.broadcast_to(read(launch, group), addresses.shape)
-        before = np.empty(len(addresses), UNSIGNED[width])
-        for i in launch.random.permutation(len(addresses)):
-            added = int(values[i])
-            before[i] = launch.memory.exchange(
-                space, int(addresses[i]), int(group.threads[i]), width, orders, lambda old, added=added: old + added
-            )
+        addresses, values = address(launch, group), each(read, launch, group)
+        before = np.empty_like(values)
+        for i in launch.random.permutation(len(values)):
+            thread = int(group.threads[i])
+            before[i] = launch.memory.add(space, int(addresses[i]), thread, values[i], orders)
         write(launch, group, before)
 
     return act
@@ -496,7 +493,7 @@ def _ret(statement: Statement, kernel: Kernel) -> Action:
     return act
 
 
-@instruction("bar", "barrier")
+@instruction("bar")
 def _bar(statement: Statement, kernel: Kernel) -> Action:
     if "warp" in statement.modifiers:
         assert statement.operands in ((-1,), (0xFFFFFFFF,))
@@ -522,8 +519,8 @@ def _shfl(statement: Statement, kernel: Kernel) -> Action:
     read, write = reader(value, "b32", kernel), writer(to, "b32", kernel)
 
     def act(launch: Launch, group: Group) -> None:
-        count = launch.warps(group, "a shuffle").size
-        values = np.broadcast_to(read(launch, group), count).reshape(-1, WARP)
+        launch.warps(group, "a shuffle")
+        values = each(read, launch, group).reshape(-1, WARP)
         write(launch, group, values[:, LANES ^ lane].reshape(-1))
 
     return act
@@ -538,24 +535,13 @@ def _redux(statement: Statement, kernel: Kernel) -> Action:
     read, write = reader(value, type_, kernel), writer(to, type_, kernel)
 
     def act(launch: Launch, group: Group) -> None:
-        count = launch.warps(group, "a reduction").size
+        launch.warps(group, "a reduction")
         if (of_mask(launch, group) != 0xFFFFFFFF).any():
             raise Fault("a reduction over a part of a warp")
-        values = np.broadcast_to(read(launch, group), count).reshape(-1, WARP)
+        values = each(read, launch, group).reshape(-1, WARP)
         write(launch, group, np.repeat(function(values, axis=1), WARP).astype(DTYPES[type_]))
 
     return act
-
-
-def matrix_rows(operand: Operand, count: int, kernel: Kernel) -> Callable[[Launch, Group], tuple[Array, Array]]:
-    """Addresses that a warp's lanes give for the rows of `count` matrices, and which threads give them."""
-    address = address_of(operand, kernel)
-
-    def rows(launch: Launch, group: Group) -> tuple[Array, Array]:
-        warps = launch.warps(group, "a move of matrices")
-        return address(launch, group).reshape(-1, WARP)[:, : 8 * count], warps[:, : 8 * count]
-
-    return rows
 
 
 @instruction("ldmatrix", "stmatrix")
@@ -569,10 +555,15 @@ def _matrix(statement: Statement, kernel: Kernel) -> Action:
     count = int(next(modifier for modifier in statement.modifiers if modifier in ("x1", "x2", "x4"))[1:])
     loads = statement.name == "ldmatrix"
     registers, where = statement.operands if loads else statement.operands[::-1]
-    registers = registers if isinstance(registers, tuple) else (registers,)
-    rows = matrix_rows(where, count, kernel)
+    address_of_row = address_of(where, kernel)
+
+    def rows(launch: Launch, group: Group) -> tuple[Array, Array]:
+        """[warps, 8 * count] addresses of rows, and the threads that give them."""
+        threads = launch.warps(group, "a move of matrices")
+        return address_of_row(launch, group).reshape(-1, WARP)[:, : 8 * count], threads[:, : 8 * count]
+
     if loads:
-        writes = [writer(register, "b32", kernel) for register in registers]
+        writes = [writer(register, "b32", kernel) for register in listed(registers)]
 
         def load(launch: Launch, group: Group) -> None:
             address, thread = rows(launch, group)
@@ -586,11 +577,11 @@ def _matrix(statement: Statement, kernel: Kernel) -> Action:
 
         return load
     assert not transposed
-    reads = [reader(register, "b32", kernel) for register in registers]
+    reads = [reader(register, "b32", kernel) for register in listed(registers)]
 
     def store(launch: Launch, group: Group) -> None:
         address, thread = rows(launch, group)
-        lanes = [np.broadcast_to(read(launch, group), group.threads.shape).reshape(-1, 8, 4) for read in reads]
+        lanes = [each(read, launch, group).reshape(-1, 8, 4) for read in reads]
         words = np.stack(lanes, 1).reshape(-1, 4)
         launch.memory.store("shared", address.reshape(-1), thread.reshape(-1), np.ascontiguousarray(words.T))
 
@@ -619,7 +610,7 @@ def _mma(statement: Statement, kernel: Kernel) -> Action:
         warps = len(launch.warps(group, "a product of matrices"))
 
         def lanes(read) -> Array:
-            return np.broadcast_to(read(launch, group), group.threads.shape).reshape(warps, WARP)
+            return each(read, launch, group).reshape(warps, WARP)
 
         def halves(read) -> Array:
             pairs = np.ascontiguousarray(lanes(read)).view(np.float16).reshape(warps, WARP, 2)

@@ -16,13 +16,12 @@ judged: atomic operations themselves, and whether global memory has been written
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray
-Change = Callable[[int], int]
 WARP = 32
 GRANULE = 2  # bytes
 LOWEST, HIGHEST = 1 << 16, 1 << 48  # addresses of a process
@@ -267,12 +266,13 @@ class Memory:
             if any((numbers[places + i] != values[i, part]).any() for i in range(count)):
                 raise Fault(f"threads of one instruction store different values to one place of {space} memory")
 
-    def exchange(self, space: str, address: int, thread: int, width: int, orders: bool, function: Change) -> int:
-        """An atomic operation of one thread: afterwards `function` of what was there is there. Returns what was."""
+    def add(self, space: str, address: int, thread: int, value: np.unsignedinteger, orders: bool) -> int:
+        """An atomic addition by one thread, see `Clock.atomic`; returns what was there before."""
+        width = value.itemsize
         ((_, segment, offset),) = self._reach(space, np.array([address], np.uint64), np.array([thread]), width)
-        numbers, place = segment.data.view(UNSIGNED[width]), (segment.begin + int(offset[0])) // width
+        numbers, place = segment.data.view(value.dtype), (segment.begin + int(offset[0])) // width
         before = int(numbers[place])
-        numbers[place] = function(before) % (1 << 8 * width)
+        numbers[place] = (before + int(value)) % (1 << 8 * width)
         self.clock.atomic(thread, address, orders)
         return before
 

@@ -220,7 +220,7 @@ def _parse_statement(text: str, kernel: Kernel, scopes: list[dict[str, Register]
     kernel.statements.append(
         Statement(
             name,
-            tuple(modifiers.replace("::", "_").split(".")[1:]),
+            tuple(modifiers.replace("::cta", "").split(".")[1:]),
             tuple(operand(part) for part in parts if part.strip()),
             condition,
             bool(negated),
