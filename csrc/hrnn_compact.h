@@ -8,7 +8,8 @@
 namespace lopt {
 
 constexpr int kHiddenSteps = 32767;
-constexpr int kMsSteps = 256;  // per octave
+constexpr int kMsSteps = 409;  // per octave
+constexpr float kSmallestMs = 0x1p-80f, kLargestMs = 0x1p+80f;
 constexpr int kMsZero = -32768;
 
 namespace LOPT_ISA {
@@ -26,17 +27,18 @@ struct Compact {
   }
   static LOPT_HD Number hidden_code(const Number& hidden, float limit) { return nearest(hidden_steps(hidden, limit)); }
 
-  // The code of zero becomes at most 2^-126, which is nothing beside any epsilon.
-  static LOPT_HD Number ms(const Number& code) { return M::exp2(code * (1.f / kMsSteps)); }
+  // The square root of ms, of which the code is given.
+  static LOPT_HD Number root_ms(const Number& code) {
+    return Number::map([](Part code, Part root) { return code != kMsZero ? root : root - root; }, code,
+                       M::exp2(code * (.5f / kMsSteps)));
+  }
   static LOPT_HD Number ms_code(const Number& ms) {
-    const Number octaves = M::log(M::max(ms, 0x1p-126f)) * (1.44269504f * kMsSteps);
-    const Number code = nearest(M::min(M::max(octaves, kMsZero + 1), -kMsZero - 1));
+    const Number within = M::min(M::max(ms, kSmallestMs), kLargestMs);
+    const Number code = nearest(M::log(within) * (1.44269504f * kMsSteps));
     return Number::map([](Part ms, Part code) { return ms > 0 ? code : (ms - ms) + kMsZero; }, ms, code);
   }
 
-  // accum in units of the square root of ms, of which the code is given, to the range of float16.
-  static LOPT_HD Number root_ms(const Number& ms_code) { return M::exp2(ms_code * (.5f / kMsSteps)); }
-  static LOPT_HD Number accum(const Number& ratio, const Number& ms_code) { return ratio * root_ms(ms_code); }
+  // accum in units of the square root of ms, to the range of float16.
   static LOPT_HD Number ratio(const Number& accum, const Number& ms_code) {
     return M::min(M::max(accum * M::exp2(ms_code * (-.5f / kMsSteps)), -65504.f), 65504.f);
   }

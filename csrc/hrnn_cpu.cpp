@@ -221,7 +221,7 @@ struct CompactIo : Io<V, P, whole> {
   using Number = typename Base::Number;
   using C = Compact<Number>;
   using Base::Base;
-  Number accum_waiting;
+  Number root_ms, accum_waiting;
 
   LOPT_HD Number read_code(const void* state, int feature) const {
     const int16_t* from = static_cast<const int16_t*>(state) + feature * this->t.n + this->at;
@@ -235,12 +235,13 @@ struct CompactIo : Io<V, P, whole> {
   }
 
   LOPT_HD Number hidden(int i) const { return C::hidden(read_code(this->t.hidden, i), this->work.hidden_limit); }
-  LOPT_HD Number ms(int s) const { return C::ms(read_code(this->t.ms, s)); }
-  LOPT_HD Number accum(int s) const {
+  LOPT_HD Number ms(int) const { return root_ms * root_ms; }  // one power of two less
+  LOPT_HD Number accum(int s) {
     Number ratio;
     LOPT_UNROLL for (int p = 0; p < P; p++)
       ratio.part[p] = load_any<whole>(Dtype::f16, this->t.accum, s * this->t.n + this->at + p * kWidth, this->count);
-    return C::accum(ratio, read_code(this->t.ms, s));
+    root_ms = C::root_ms(read_code(this->t.ms, s));
+    return ratio * root_ms;
   }
 
   LOPT_HD void put_hidden(int i, const Number& value) {

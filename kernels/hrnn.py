@@ -119,7 +119,8 @@ MS_ZERO = tl.constexpr(compact.MS_ZERO)
 SAMPLES = tl.constexpr(state.SAMPLES)
 TINY = tl.constexpr(1e-37)  # instead of 0 in a logarithm
 LARGEST_RATIO = tl.constexpr(65504.0)  # of float16
-SMALLEST_MS = tl.constexpr(2.0**-126)  # that is normal: less is flushed to 0
+SMALLEST_MS = tl.constexpr(2.0**-compact.MS_OCTAVES)
+LARGEST_MS = tl.constexpr(2.0**compact.MS_OCTAVES)
 
 PARTIALS = tl.constexpr(32)  # row length of the partial sums, at least their number
 LARGEST = tl.constexpr(60.0)  # bound of binary exponents: products of two powers are finite, 2^-60 is 0 beside 1
@@ -615,17 +616,15 @@ def load_averages(accum, ms, offset, mask, COMPACT: tl.constexpr):
     if COMPACT:
         code = tl.load(codes(ms) + offset, mask=mask, other=MS_ZERO).to(tl.float32)
         ratio = tl.load(accum.to(tl.pointer_type(tl.float16)) + offset, mask=mask, other=0.0).to(tl.float32)
-        # The code of zero becomes at most 2^-126, which is nothing beside any epsilon.
-        return ratio * exp2(code * (0.5 / MS_STEPS)), exp2(code * (1.0 / MS_STEPS))
+        root = tl.where(code != MS_ZERO, exp2(code * (0.5 / MS_STEPS)), 0.0)
+        return ratio * root, root * root
     return tl.load(floats(accum) + offset, mask=mask, other=0.0), tl.load(floats(ms) + offset, mask=mask, other=0.0)
 
 
 @inlined
 def store_averages(accum, ms, offset, average, square, mask, COMPACT: tl.constexpr):
     if COMPACT:
-        code = nearest(
-            tl.minimum(tl.maximum(log2(tl.maximum(square, SMALLEST_MS)) * MS_STEPS, MS_ZERO + 1), -MS_ZERO - 1)
-        )
+        code = nearest(log2(tl.minimum(tl.maximum(square, SMALLEST_MS), LARGEST_MS)) * MS_STEPS)
         code = tl.where(square > 0, code, MS_ZERO)
         ratio = average * exp2(code * (-0.5 / MS_STEPS))
         ratio = tl.minimum(tl.maximum(ratio, -LARGEST_RATIO), LARGEST_RATIO)

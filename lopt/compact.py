@@ -1,10 +1,12 @@
 """The compact state format: 40 instead of 76 bytes per parameter, at 16 bits a number.
 
     hidden   int16    hidden / limit * 32767; `limit` bounds the hidden state
-    ms       int16    log2(ms) in steps of 2^-8; -32768: zero
+    ms       int16    log2(ms) in steps of 1/409 from 2^-80 to 2^80, beyond which it saturates; -32768: zero
     accum    float16  accum / sqrt(ms), with ms as it is stored
 
-Rounding is to nearest, so a run repeats bit for bit. A step computes in float32 with the numbers that are stored here.
+Mean squares from 2^-80 to 2^80 are those of gradients from 1e-12 to 1e12. With the weights that ship none is smaller,
+for `ms_eps` is added to all. Where they are larger, a step still adds the square of its average, so the scaled average
+stays bounded. Rounding is to nearest, so a run repeats bit for bit. A step computes in float32 with the stored numbers.
 The log lr stays float32, since each of its steps is smaller than what 16 bits resolve.
 
 csrc/hrnn_compact.h is the same for the kernels. Tests: tests/test_compact.py.
@@ -22,7 +24,9 @@ from lopt.metaparams import MetaParams
 
 DTYPES = {"hidden": torch.int16, "accum": torch.float16, "ms": torch.int16}  # of the kinds of state it changes
 HIDDEN_STEPS = 32767
-MS_STEPS = 256  # per octave
+MS_STEPS = 409  # per octave
+MS_STEPS_UNSAID = 256  # of saved state that does not say how many it has
+MS_OCTAVES = 80  # that are held on either side of 1
 MS_ZERO = -32768
 
 
@@ -37,19 +41,21 @@ def limit(meta: MetaParams) -> float:
 def encode(state: Mapping[str, Tensor], limit: float) -> dict[str, Tensor]:
     """float32 `hidden`, `accum` and `ms` of the same memory order -> the same in this format."""
     hidden, accum, ms = (state[name].float() for name in DTYPES)
-    octaves = torch.log2(torch.where(ms > 0, ms, 1.0)).mul(MS_STEPS).round()
-    octaves = torch.where(ms > 0, octaves.clamp(MS_ZERO + 1, -MS_ZERO - 1), MS_ZERO)
+    code = torch.log2(ms).clamp(-MS_OCTAVES, MS_OCTAVES).mul(MS_STEPS).round()
     largest = torch.finfo(torch.float16).max
-    ratio = torch.where(ms > 0, accum * torch.exp2(octaves * (-0.5 / MS_STEPS)), 0.0).clamp(-largest, largest)
+    ratio = torch.where(ms > 0, accum * torch.exp2(code * (-0.5 / MS_STEPS)), 0.0).clamp(-largest, largest)
+    code = torch.where(ms > 0, code, MS_ZERO)
     steps = (hidden * (HIDDEN_STEPS / limit)).round().clamp(-HIDDEN_STEPS, HIDDEN_STEPS)
-    return {"hidden": steps.to(torch.int16), "accum": ratio.half(), "ms": octaves.to(torch.int16)}
+    return {"hidden": steps.to(torch.int16), "accum": ratio.half(), "ms": code.to(torch.int16)}
 
 
-def decode(state: Mapping[str, Tensor], limit: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The inverse of `encode`."""
-    octaves = state["ms"].to(dtype)
+def decode(
+    state: Mapping[str, Tensor], limit: float, dtype: torch.dtype = torch.float32, *, ms_steps: int = MS_STEPS
+) -> dict[str, Tensor]:
+    """The inverse of `encode`, of codes with `ms_steps` per octave."""
+    code = state["ms"].to(dtype)
     return {
         "hidden": state["hidden"].to(dtype) * (limit / HIDDEN_STEPS),
-        "accum": state["accum"].to(dtype) * torch.exp2(octaves * (0.5 / MS_STEPS)),
-        "ms": torch.where(state["ms"] != MS_ZERO, torch.exp2(octaves / MS_STEPS), 0.0),
+        "accum": state["accum"].to(dtype) * torch.exp2(code * (0.5 / ms_steps)),
+        "ms": torch.where(state["ms"] != MS_ZERO, torch.exp2(code * (1 / ms_steps)), 0.0),
     }

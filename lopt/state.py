@@ -136,13 +136,25 @@ def init_state(
     return state
 
 
-def convert(state: Mapping[str, Tensor], meta: MetaParams, state_format: str) -> dict[str, Tensor]:
-    """State of one parameter tensor in another format; `state` itself if it has that format already."""
-    is_compact = state["hidden"].dtype == torch.int16
-    if is_compact == (state_format == "compact"):
-        return dict(state)
-    change = compact.decode if is_compact else compact.encode
-    return {**state, **change(state, compact.limit(meta))}
+def convert(
+    state: Mapping[str, Tensor], meta: MetaParams, state_format: str, *, ms_steps: int = compact.MS_STEPS
+) -> dict[str, Tensor]:
+    """State of one parameter tensor in another format, or, of compact state, with other codes.
+
+    Args:
+        state: all kinds, in either of `FORMATS`.
+        meta: meta-parameters that it was made with.
+        state_format: one of `FORMATS`.
+        ms_steps: codes per octave that its mean squares have, where it is compact.
+    """
+    found = ms_steps if state["hidden"].dtype == torch.int16 else None
+    wanted = compact.MS_STEPS if state_format == "compact" else None
+    state = dict(state)
+    if found != wanted and found is not None:
+        state |= compact.decode(state, compact.limit(meta), ms_steps=found)
+    if found != wanted and wanted is not None:
+        state |= compact.encode(state, compact.limit(meta))
+    return state
 
 
 def sampled(shape: Sequence[int]) -> np.ndarray:

@@ -21,7 +21,7 @@ ATTENTION = MetaParams.init(HRNNConfig(attention=True), 2)
 
 def random_state(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ms = 10 ** (torch.rand(4, n, generator=generator) * 60 - 30)
+    ms = 10 ** (torch.rand(4, n, generator=generator) * 48 - 24)
     ms[:, : n // 8] = 0
     accum = torch.randn(4, n, generator=generator) * ms.sqrt()
     return {"hidden": torch.rand(10, n, generator=generator) * 2 - 1, "accum": accum, "ms": ms}
@@ -33,8 +33,9 @@ def test_numbers_come_back_to_within_half_a_step_of_their_16_bits():
     assert (back["hidden"] - state["hidden"]).abs().max() <= 0.5 / 32767 * 1.001
     some = state["ms"] > 0
     assert torch.equal(back["ms"] > 0, some)
-    # Half a step of 2^-8 octaves, with float32 rounding of the logarithm of up to 2^-17 octaves.
-    assert (back["ms"][some] / state["ms"][some]).log2().abs().max() <= 0.5 / 256 + 2**-17
+    # Half a step, and roundings of float32 where it is widest, at 80 octaves: the logarithm's and both products', 2^-18
+    # octaves each.
+    assert (back["ms"][some] / state["ms"][some]).log2().abs().max() <= 0.5 / compact.MS_STEPS + 3 * 2**-18
     error = (back["accum"] - state["accum"]).abs()
     # Half a unit of float16's 11 bits, or of its smallest subnormal.
     assert torch.all(error <= state["accum"].abs() * 2**-10.9 + 2**-24.9 * state["ms"].sqrt() * 1.01)
@@ -48,6 +49,7 @@ def test_numbers_out_of_range_saturate():
     }
     back = compact.decode(compact.encode(state, 2.0), 2.0)
     assert back["hidden"].flatten().tolist() == [2.0, -2.0]
+    assert back["ms"].flatten().tolist() == [2.0**-80, 2.0**80]
     assert all(torch.isfinite(value).all() for value in back.values())
 
 
@@ -88,10 +90,11 @@ def train(state_format: str, backend: str, steps: int, *, meta=META, n=2048, dty
     return torch.stack(updates), optimizer
 
 
+@pytest.mark.parametrize("meta", [META, None], ids=["untrained", "shipped"])
 @pytest.mark.parametrize(("backend", "steps"), [(name, {"reference": 200, "cpu": 1000}[name]) for name in BACKENDS])
-def test_updates_stay_within_two_thousandths_of_those_with_float32_state(backend, steps):
-    exact, _ = train("float32", backend, steps)
-    updates, optimizer = train("compact", backend, steps)
+def test_updates_stay_within_two_thousandths_of_those_with_float32_state(backend, steps, meta):
+    exact, _ = train("float32", backend, steps, meta=meta)
+    updates, optimizer = train("compact", backend, steps, meta=meta)
     error = ((updates - exact).square().mean() / exact.square().mean()).sqrt()
     assert error <= 2e-3
     assert error > 1e-5  # or it would not be compact
@@ -165,6 +168,52 @@ def test_a_checkpoint_of_either_format_loads_into_either(saved, loaded):
         torch.testing.assert_close(back[name].double(), expected[name].double(), rtol=relative, atol=absolute)
     param.grad = torch.ones(64)
     target.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_any_size_that_the_format_holds_make_the_same_steps(backend):
+    """Mean squares are held up to 2^80, that of gradients of 1e12; beyond it learned rates rise, and stay finite."""
+    moved = {}
+    for size in (1e-9, 1.0, 1e11, 1e16):
+        param = torch.nn.Parameter(torch.zeros(64))
+        optimizer = HRNN([param], state_format="compact", backend=backend)
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(50):
+            param.grad = torch.randn(64, generator=generator) * size
+            optimizer.step()
+        assert optimizer.skipped_steps == 0
+        moved[size] = param.abs().mean().item()
+    # Rounding differs from size to size: 2e-3 of a step.
+    assert abs(moved[1e-9] / moved[1.0] - 1) <= 2e-3
+    assert abs(moved[1e11] / moved[1.0] - 1) <= 2e-3
+    assert math.isfinite(moved[1e16])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("said", [True, False])
+def test_mean_squares_saved_with_other_codes_are_converted(backend, said):
+    _, source = train("compact", backend, 20, n=64)
+    checkpoint = copy.deepcopy(source.state_dict())
+    (state,), (group,) = checkpoint["state"].values(), checkpoint["param_groups"]
+    assert group["ms_steps"] == compact.MS_STEPS
+    # 512 codes per octave, or the 256 of a file that says nothing, for what are powers of two in both.
+    octaves = torch.arange(4 * 64).remainder(60).sub(30).reshape(4, 64)
+    state["ms"] = (octaves * (512 if said else compact.MS_STEPS_UNSAID)).to(torch.int16)
+    if said:
+        group["ms_steps"] = 512
+    else:
+        del group["ms_steps"]
+    expected = copy.deepcopy(state)
+    for state_format in ("compact", "float32"):
+        param = torch.nn.Parameter(torch.zeros(64))
+        target = HRNN([param], meta=META, state_format=state_format, backend=backend)
+        target.load_state_dict(checkpoint)
+        assert target.param_groups[0]["ms_steps"] == compact.MS_STEPS
+        found = convert(target.state[param], META, "float32")
+        torch.testing.assert_close(found["ms"], torch.exp2(octaves.float()), rtol=1e-5, atol=0)
+        accum = expected["accum"].float() * torch.exp2(octaves / 2)
+        torch.testing.assert_close(found["accum"], accum, rtol=2**-10, atol=0)
+        torch.testing.assert_close(found["hidden"], expected["hidden"] / 32767, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -84,6 +84,7 @@ def entries() -> list[OptimizerInfo]:
             "base_depth",
             "train_mode",
             "meta_digest",
+            "ms_steps",
         ),
         "has_capturable_arg": True,
     }
