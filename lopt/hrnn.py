@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lopt import backends, compact, distributed
+from lopt import backends, distributed
 from lopt.backends.addresses import are
 from lopt.backends.reference import sums_columns
 from lopt.config import GRADIENT_LIMIT, HRNNConfig
@@ -48,6 +48,7 @@ from lopt.state import (
     like_parameter,
     rows,
     sampled,
+    saved_format,
     strides,
 )
 
@@ -197,7 +198,7 @@ class HRNN(Optimizer):
         check_group(options)
         self.meta = MetaParams.resolve(meta)
         options["meta_digest"] = self.meta.digest
-        options["ms_steps"] = compact.MS_STEPS
+        options["ms_steps"] = FORMATS[state_format]
         if min_lr is not None:
             self.meta = bounded(self.meta, min_lr, steps=0.0, distance=0.0)
         self._given = self.meta, min_lr is not None
@@ -280,7 +281,7 @@ class HRNN(Optimizer):
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
         group["meta_digest"] = self.defaults["meta_digest"]  # it may be a group of another optimizer
-        group["ms_steps"] = compact.MS_STEPS
+        group["ms_steps"] = FORMATS[self.state_format]
         first = sorted({param: index for index, param in reversed(list(enumerate(group["params"])))}.values())
         for key in group.keys() & {"params", "param_names"}:
             group[key] = [group[key][index] for index in first]
@@ -314,7 +315,7 @@ class HRNN(Optimizer):
             for name, default in OPTIONS.items():
                 options.setdefault(name, self.defaults.get(name, default))
             options.setdefault("meta_digest", self.meta.digest)
-            options["ms_steps"] = compact.MS_STEPS  # `load_state_dict` converts what had others
+            options["ms_steps"] = FORMATS[self.state_format]  # `load_state_dict` converts what had others
         self._bound()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,9 +325,10 @@ class HRNN(Optimizer):
 
         Raises:
             ValueError: the groups do not match, or are another optimizer's or of other meta-parameters, or an option is
-                out of range, or a state has another architecture or shape; nothing is changed then.
+                out of range, or a state has another architecture or shape, or float32 state has been read into compact
+                state's whole numbers; nothing is changed then.
         """
-        loaded: dict[Tensor, tuple[dict[str, Any], int]] = {}  # state and its codes per octave, where it is compact
+        loaded: dict[Tensor, tuple[dict[str, Any], int]] = {}  # state and its format
 
         # Torch casts state to the parameter's dtype, so it is given the groups alone: `take` runs after every other
         # pre-hook, `put` before every other post-hook.
@@ -339,25 +341,21 @@ class HRNN(Optimizer):
                 )
             for group in state_dict["param_groups"]:
                 check_group({**self.defaults, **group, "lr": 1.0})  # schedules end at just below 0 at times
-            keys = {
-                key: group.get("ms_steps", compact.MS_STEPS_UNSAID)
-                for group in state_dict["param_groups"]
-                for key in group["params"]
-            }
+            keys = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
-            for (key, ms_steps), param in zip(keys.items(), params, strict=False):
+            for (key, group), param in zip(keys, params, strict=False):
                 if state := rest.pop(key, None):
                     self._check_loadable(key, param, state)
-                    loaded[param] = state, ms_steps
+                    loaded[param] = state, saved_format(state, group.get("ms_steps"))
             if loaded:
                 self._check_digest(state_dict["param_groups"])
             return {**state_dict, "state": rest}
 
         def put(_: Optimizer) -> None:
             shared: dict[torch.device, Tensor] = {}
-            for param, (saved, ms_steps) in loaded.items():
-                state = convert(saved, self.meta, self.state_format, ms_steps=ms_steps)
+            for param, (state, saved) in loaded.items():
+                state = convert(state, self.meta, self.state_format, saved=saved)
                 own = self.state[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
                 if "global_hidden" in own:
                     own["global_hidden"] = shared.setdefault(param.device, own["global_hidden"])

@@ -21,7 +21,8 @@ from lopt import compact
 from lopt.config import HRNNConfig
 from lopt.metaparams import MetaParams
 
-FORMATS = ("float32", "compact")
+# With what tells them apart in a file: codes per octave of mean squares, 0 for float32.
+FORMATS = {"float32": 0, "compact": compact.MS_STEPS}
 # `damping` before the first step: sum of mean squares, of their weights; factor of rises.
 UNDAMPED = (0.0, 0.0, 1.0)
 TOTAL, FACTOR = 0, 2  # where the first and the last of these stand
@@ -136,23 +137,44 @@ def init_state(
     return state
 
 
-def convert(
-    state: Mapping[str, Tensor], meta: MetaParams, state_format: str, *, ms_steps: int = compact.MS_STEPS
-) -> dict[str, Tensor]:
-    """State of one parameter tensor in another format, or, of compact state, with other codes.
+def saved_format(state: Mapping[str, Tensor], said: int | None) -> int:
+    """Which of the values of `FORMATS`, or an earlier one of compact state, saved state of a parameter tensor has.
 
     Args:
-        state: all kinds, in either of `FORMATS`.
+        state: the kinds per parameter, maybe read into tensors of another dtype than was saved, as
+            `torch.distributed.checkpoint` does.
+        said: what its file says of it; None: nothing, as files of state with 256 codes.
+
+    Raises:
+        ValueError: it was float32, and has been read into whole numbers.
+    """
+    if said is None:
+        return 256 if state["ms"].dtype == torch.int16 else FORMATS["float32"]
+    if said == FORMATS["float32"] and state["ms"].dtype == torch.int16:
+        raise ValueError(
+            "the state to load was saved in float32 and has been read into the whole numbers of compact state, which "
+            "cut its fractions off: read it for an optimizer with state_format='float32', and load that one's "
+            "state_dict()"
+        )
+    return int(said)
+
+
+def convert(state: Mapping[str, Tensor], meta: MetaParams, state_format: str, *, saved: int) -> dict[str, Tensor]:
+    """State of one parameter tensor in another format.
+
+    Args:
+        state: all kinds, with the numbers of the format that they have, whatever their dtype.
         meta: meta-parameters that it was made with.
         state_format: one of `FORMATS`.
-        ms_steps: codes per octave that its mean squares have, where it is compact.
+        saved: what `saved_format` returns.
     """
-    found = ms_steps if state["hidden"].dtype == torch.int16 else None
-    wanted = compact.MS_STEPS if state_format == "compact" else None
     state = dict(state)
-    if found != wanted and found is not None:
-        state |= compact.decode(state, compact.limit(meta), ms_steps=found)
-    if found != wanted and wanted is not None:
+    if saved == FORMATS[state_format]:
+        return state
+    if saved != FORMATS["float32"]:
+        codes = {name: state[name].to(dtype) for name, dtype in compact.DTYPES.items()}
+        state |= compact.decode(codes, compact.limit(meta), ms_steps=saved)
+    if state_format == "compact":
         state |= compact.encode(state, compact.limit(meta))
     return state
 
