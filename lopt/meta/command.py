@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ DEFAULTS: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lopt meta-train`."""
-    parser.add_argument("--recipe", choices=RECIPES, help="default: default")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help=f"{', '.join(RECIPES)}, or a lopt.meta.recipe.Recipe of yours, MODULE:RECIPE"
+    )
     parser.add_argument(
         "--minutes",
         type=positive,
@@ -102,25 +105,60 @@ def load_task(name: str) -> Task:
     Raises:
         TrainError: there is no such module or class, or it is no task that can be trained on.
     """
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
-        raise TrainError(f"--tasks {name}: write MODULE:CLASS, as my_tasks:Valley")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        task: Any = getattr(importlib.import_module(module), attribute)
+    with _blamed_on("--tasks", name):
+        task = _attribute(name)
         task = task() if isinstance(task, type) else task
-        if not isinstance(task, Task):
-            raise TypeError("not a lopt.meta.tasks.Task")
-        try_out(task)
-    except Exception as error:  # the task is not ours
-        kind = "" if isinstance(error, TypeError | ValueError | ImportError) else f"{type(error).__name__}: "
-        raise TrainError(f"--tasks {name}: {kind}{error}") from error
+        _check_task(task)
     return task
 
 
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name in `RECIPES`, or the object `module:RECIPE`, also from the working directory.
+
+    Raises:
+        TrainError: there is none of this name, or a stage's tasks are none that can be trained on.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    with _blamed_on("--recipe", name):
+        if ":" not in name:
+            raise ValueError(f"choose {', '.join(RECIPES)}, or write MODULE:RECIPE for one of yours")
+        recipe = _attribute(name)
+        if not isinstance(recipe, Recipe):
+            raise TypeError("not a lopt.meta.recipe.Recipe")
+        for task in {id(task): task for stage in recipe.stages for mix in stage.mixes() for task in mix}.values():
+            if not type(task).__module__.startswith("lopt."):
+                _check_task(task)
+    return recipe
+
+
+@contextlib.contextmanager
+def _blamed_on(option: str, name: str) -> Iterator[None]:
+    """Whatever goes wrong inside, which is code of the user's, becomes a TrainError that names the option."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, TypeError | ValueError | ImportError) else f"{type(error).__name__}: "
+        raise TrainError(f"{option} {name}: {kind}{error}") from error
+
+
+def _attribute(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise ValueError("write MODULE:NAME, as my_module:MyTask")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check_task(task: object) -> None:
+    if not isinstance(task, Task):
+        raise TypeError(f"{type(task).__name__} is not a lopt.meta.tasks.Task")
+    try_out(task)
+
+
 def _recipe(options: dict[str, Any]) -> Recipe:
-    recipe = varied(RECIPES[options["recipe"]].scaled(options["minutes"]), options["variant"])
+    recipe = varied(load_recipe(options["recipe"]).scaled(options["minutes"]), options["variant"])
     if options["stages"] is None:
         return recipe
     named = {stage.name: stage for stage in recipe.stages}
@@ -147,8 +185,10 @@ def _saved_options(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         options = {name: content.get(name, []) if name == "variant" else content[name] for name in DEFAULTS}
-        _recipe(options)  # names that this version does not know
+        _recipe(options)
         return options
+    except TrainError as error:
+        raise TrainError(f"{str(folder)!r} holds a meta-training run that does not go on here: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"{str(folder)!r} holds no meta-training run ({error}): check the folder") from error
 

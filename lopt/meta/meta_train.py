@@ -312,8 +312,8 @@ class MetaTraining:
         """
         if saved.get("recipe") != self.recipe.text:
             raise TrainError(
-                "the checkpoint is of another version of this recipe: resume with the version of lopt that began it, "
-                "or go on from its meta-parameters with --start FOLDER/meta.safetensors"
+                "the checkpoint is of another version of this recipe: resume with the version of lopt, and of a recipe "
+                "of yours, that began it, or go on from its meta-parameters with --start FOLDER/meta.safetensors"
             )
         generator, parts = saved["generator"], [saved["worlds"], *saved.get("worlds_of_others", [])]
         if len(parts) != self.group.size:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ class Stage:
         average: decay of a moving average of the meta-parameters over the stage's second half, with which it ends; 0:
             none. Evolution strategies are noisy, and good points lie between those they visit.
         sampled: take a new world of a random mix after this many episodes, instead of all mixes in turn.
+
+    Raises:
+        ValueError: an argument is not what it should be.
     """
 
     name: str
@@ -74,6 +78,21 @@ class Stage:
     only: tuple[str, ...] = ()
     average: float = 0.0
     sampled: int = 0
+
+    def __post_init__(self) -> None:
+        def require(name: str, holds: bool, what: str) -> None:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r} of stage {self.name!r} must be {what}")
+
+        choices = {"estimator": tuple(ESTIMATORS), "optimizer": ("adam", "rmsprop"), "clock": ("steps", "unrolls")}
+        for name, of in choices.items():
+            require(name, getattr(self, name) in of, f"one of {', '.join(of)}")
+        for name in ("meta_steps", "rows", "reuse"):
+            count = getattr(self, name)
+            require(name, isinstance(count, int) and count >= 1, "a whole number of at least 1")
+        for name in ("unroll", "episode"):
+            require(name, isinstance(getattr(self, name), Draw), "a Draw, as Draw(30)")
+        require("mixes", callable(self.mixes), "a function that returns lists of tasks")
 
     def world(
         self, tasks: Sequence[Task], config: HRNNConfig, device: torch.device, random: Random, group: Group = ALONE
@@ -119,7 +138,7 @@ class Recipe:
     def text(self) -> str:
         """Architecture and stages, names of their mixes included: what a resumed run has to agree with."""
         stages = [{**vars(stage), "mixes": getattr(stage.mixes, "__qualname__", "")} for stage in self.stages]
-        return f"{self.config.to_json()} {stages}"
+        return re.sub(" at 0x[0-9a-f]+", "", f"{self.config.to_json()} {stages}")
 
     def scaled(self, minutes: float | None) -> Recipe:
         """The same with every stage's meta-steps, those of its warm-up too, scaled to another duration."""

@@ -1,6 +1,7 @@
 """The loop and the command: learning, exact resume after kill -9, user tasks, errors."""
 
 import dataclasses
+import importlib
 import math
 import os
 import signal
@@ -235,10 +236,14 @@ def test_command_trains_on_a_users_task_and_its_result_is_an_optimizer(tmp_path,
     assert cli.main(["meta-train", "--tasks", "torch:Tensor"]) == 2
     assert "not a lopt.meta.tasks.Task" in capsys.readouterr().err
     assert cli.main(["meta-train", "--resume", str(tmp_path / "none")]) == 2
-    for content in ("[]", (out / "config.json").read_text().replace('"default"', '"none"')):
+    unknown = (out / "config.json").read_text().replace('"default"', '"none"')
+    for content, message in (
+        ("[]", "holds no meta-training run"),
+        (unknown, "does not go on here: --recipe none: choose"),
+    ):
         (out / "config.json").write_text(content)
         assert cli.main(["meta-train", "--resume", str(out)]) == 2
-        assert "holds no meta-training run" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -317,6 +322,69 @@ def test_a_broken_task_is_refused_by_what_is_wrong_before_anything_is_written(
     assert cli.main(["meta-train", "--tasks", f"broken:{name}", "--out", "run"]) == 2
     assert f"--tasks broken:{name}: " in (error := capsys.readouterr().err) and message in error
     assert not (tmp_path / "run").exists()
+
+
+RECIPE = """
+import dataclasses
+from lopt.meta.recipe import DEFAULT, Draw, Recipe, Stage
+from my_valley import Valley
+SHORT = Stage("short", 2, lambda: [[Valley(), Valley()]], "pes", rows=4, unroll=Draw(3), episode=Draw(6), lr=1e-3,
+              objective=lambda losses, start: (losses / start).mean(0))
+MINE = Recipe(DEFAULT.config, (SHORT,), minutes=1, validate_every=2)
+class Wrong:
+    pass
+BAD_TASK = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, mixes=lambda: [[Wrong()]]),))
+STAGE = SHORT
+"""
+
+
+def test_command_trains_by_a_users_recipe_and_resumes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_valley.py").write_text(VALLEY)
+    (tmp_path / "my_recipes.py").write_text(RECIPE)
+    for name in ("my_valley", "my_recipes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert cli.main(["meta-train", "--recipe", "my_recipes:MINE", "--out", "run"]) == 0
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == ["start", "short"]
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert "Objective" not in saved["recipe"] and " at 0x" not in saved["recipe"]
+    for name in ("my_valley", "my_recipes"):
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["meta-train", "--resume", "run"]) == 0
+    assert cli.main(["meta-train", "--recipe", "my_recipes:MINE", "--stages", "long", "--out", "other"]) == 2
+    assert "'my_recipes:MINE' has short" in capsys.readouterr().err
+    for name, message in {
+        "defualt": "choose default, refine, lengthen, paper, or write MODULE:RECIPE",
+        "my_recipes:": "write MODULE:NAME",
+        "my_recipes:YOURS": "has no attribute 'YOURS'",
+        "my_recipes:STAGE": "not a lopt.meta.recipe.Recipe",
+        "my_recipes:BAD_TASK": "Wrong is not a lopt.meta.tasks.Task",
+    }.items():
+        assert cli.main(["meta-train", "--recipe", name, "--out", "other"]) == 2
+        assert f"--recipe {name}: " in (error := capsys.readouterr().err) and message in error
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "my_recipes.py").write_text(RECIPE.replace("lr=1e-3", "lr=2e-3"))
+    monkeypatch.delitem(sys.modules, "my_recipes")
+    importlib.invalidate_caches()
+    assert cli.main(["meta-train", "--resume", "run"]) == 2
+    assert "another version of this recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": "reinforce"}, "estimator='reinforce' of stage 'refine' must be one of bptt, pes, es"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' of stage 'refine' must be one of adam, rmsprop"),
+        ({"meta_steps": 0}, "meta_steps=0 of stage 'refine' must be a whole number of at least 1"),
+        ({"rows": 1.5}, "rows=1.5 "),
+        ({"unroll": 30}, "unroll=30 of stage 'refine' must be a Draw"),
+        ({"mixes": [[]]}, "must be a function"),
+    ],
+)
+def test_a_stage_says_what_is_wrong_with_it(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(recipes.REFINE_STAGE, **change)
 
 
 @pytest.mark.parametrize("name", [":Valley", "my_valley", "my_valley:", ".relative:Valley"])
