@@ -9,11 +9,11 @@
 #     bash bench/gpu.sh stability              thousands of steps of large models, into runs/stability; about half an
 #                                              hour, less by STABILITY="--models preresnet50 --rival-steps 400", say
 #
-# Each part takes ${BUDGET:-550} seconds at most. ${OUT:-bench/out} gets stages.txt, table.txt, logs.txt, results.csv,
-# meta.csv, and metrics and curves of each model, as far as they came; a part that ran before leaves its rows there, and
-# `stability` goes on where it stopped. For a machine with a GPU, Python 3.11 or later, PyTorch and Triton, and no package
-# registry: nothing is downloaded. Rows name the commit, LOPT_COMMIT where git does not know it. A failing stage does not keep the others from
-# running; the exit status tells whether all passed.
+# Each part takes ${BUDGET:-510} seconds, and at most half a minute more to end what it interrupts. ${OUT:-bench/out} gets
+# stages.txt, table.txt, logs.txt, results.csv, meta.csv, and metrics and curves of each model, as far as they came; a part
+# that ran before leaves its rows there, and `stability` goes on where it stopped. For a machine with a GPU, Python 3.11 or
+# later, PyTorch and Triton, and no package registry: nothing is downloaded. Rows name the commit, LOPT_COMMIT where git
+# does not know it. A failing stage does not keep the others from running; the exit status tells whether all passed.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/out}" && cd "${OUT:-bench/out}" && pwd) || exit 1
@@ -32,7 +32,7 @@ START=$SECONDS
 stage() {
     local name=$1 limit=$2 begin=$SECONDS status left
     shift 2
-    left=$((${BUDGET:-550} - (SECONDS - START)))
+    left=$((${BUDGET:-510} - (SECONDS - START)))
     if [ "$left" -lt 10 ]; then
         printf '%-13s left out: no time\n' "$name" | tee -a "$STAGES"
         return 1
@@ -84,7 +84,7 @@ check() {
     local processes=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && processes=(-n "$(nproc)" --maxprocesses 8)
     local tests=("$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark "${processes[@]}" \
-        tests/kernels tests/test_hrnn.py tests/train/test_options.py tests/test_cli.py)
+        tests/kernels tests/hrnn tests/train/test_options.py tests/test_cli.py)
     for backend in cuda triton; do # a fault of one would end the process, and with it the other
         stage "small-$backend" 90 "$PYTHON" -m lopt.bench.gpu small --backend "$backend"
     done
@@ -117,7 +117,7 @@ measure() {
     stage meta 90 "$PYTHON" -m lopt bench meta --device cuda --stages backprop refine --rows 64 1024 --rounds 3 --budget 5 \
         --out "$OUT/meta.csv"
     stage kernels 60 "$PYTHON" -m lopt.bench.gpu kernels --cases resnet50
-    stage step 90 "$PYTHON" -m lopt bench step 100k 1M 10M --device cuda --no-compile --rounds 5 --budget 3 --out "$RESULTS"
+    stage step 90 "$PYTHON" -m lopt bench step 10M --device cuda --no-compile --rounds 5 --budget 3 --out "$RESULTS"
     # The CUDA kernels with half as many parameters per thread: less code and fewer registers against more reads.
     lay_out "$WORK/pack2" && rm -f "$WORK"/pack2/lopt/_C* "$WORK/pack2/lopt/_build.json"
     stage pack2-build 120 env LOPT_CPP=1 LOPT_CUDA=1 CXXFLAGS="${CXXFLAGS:-} -DLOPT_GPU_PACK=2" NVCC_APPEND_FLAGS=-DLOPT_GPU_PACK=2 \
@@ -134,7 +134,7 @@ train() {
 
 stability() {
     # shellcheck disable=SC2086
-    stage stability 560 "$PYTHON" -m lopt bench stability --device cuda ${STABILITY:-}
+    stage stability 510 "$PYTHON" -m lopt bench stability --device cuda ${STABILITY:-}
     for folder in runs/stability/*/; do
         for file in metrics.csv curves.png; do
             [ -s "$folder$file" ] && cp "$folder$file" "$OUT/$(basename "$folder")-$file"

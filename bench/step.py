@@ -32,6 +32,7 @@ MODELS = {
     "inceptionv3": "pytorchcv.models.inceptionv3",
 }
 TIMM_MODELS = ("vit_base_patch16_224",)
+TOY = "100 tensors"  # 50 layers of 32 units: time that does not grow with the parameters
 
 # Bytes that have to move per parameter and step, for the bandwidth column. HRNN: advance reads the gradient (4), reads
 # and writes hidden, accum, ms and log_lr (2 * 76), writes the update (4); apply reads it and the parameter and writes
@@ -50,7 +51,7 @@ class Contender(NamedTuple):
 
 
 def shapes_of(case: str) -> list[torch.Size]:
-    """Shapes of the tensors of a case: a size such as "1M", or the name of a model.
+    """Shapes of the tensors of a case: a size such as "1M", the toy model, or the name of a model.
 
     Raises:
         ValueError: the case is neither.
@@ -60,13 +61,15 @@ def shapes_of(case: str) -> list[torch.Size]:
         n = SIZES[case]
         parts = [n // 2, n // 4, n // 8]
         return [torch.Size([part]) for part in [*parts, n - sum(parts)]]
+    if case == TOY:
+        return [torch.Size(shape) for _ in range(50) for shape in ((32, 32), (32,))]
     with torch.device("meta"):
         if case in MODELS:
             model = getattr(importlib.import_module(MODELS[case]), case)()
         elif case in TIMM_MODELS:
             model = importlib.import_module("timm").create_model(case)
         else:
-            raise ValueError(f"no benchmark case {case!r}; there are {', '.join([*SIZES, *MODELS, *TIMM_MODELS])}")
+            raise ValueError(f"no benchmark case {case!r}; there are {', '.join([*SIZES, TOY, *MODELS, *TIMM_MODELS])}")
     return [param.shape for param in model.parameters()]
 
 
@@ -285,9 +288,9 @@ def plot(path: Path, out: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lopt bench step`."""
-    names = [*SIZES, *MODELS, *TIMM_MODELS]
+    names = [*SIZES, TOY, *MODELS, *TIMM_MODELS]
     parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"sizes and models, of {', '.join(names)}; default: all but timm's"
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}; default: sizes and models but timm's"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(

@@ -34,7 +34,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -148,6 +148,11 @@ def local(tensor: Tensor) -> Tensor:
     return shard.detach() if shard.requires_grad else shard
 
 
+def layout(param: Tensor) -> tuple[Any, ...]:
+    """What decides, beside a local shard, which part of a DTensor it is; () for other tensors."""
+    return (param.shape, tuple(param.placements), param.device_mesh) if is_dtensor(param) else ()
+
+
 def like(param: DTensor, shard: Tensor, outer: int) -> Tensor:
     """A DTensor sharded like `param`, of a local shard with `outer` leading dimensions more."""
     from torch.distributed.tensor import DTensor
@@ -179,9 +184,21 @@ def spread(param: DTensor, value: Tensor, outer: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = param.device_mesh
+    if is_dtensor(value) and value.device_mesh != mesh:
+        value = whole(value)
     if not is_dtensor(value):
         value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return value.redistribute(mesh, placements(param, outer))
+    return _carried(value).redistribute(mesh, placements(param, outer)).to(value.dtype)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a DTensor, on every process; other tensors as they are."""
+    return _carried(value).full_tensor().to(value.dtype) if is_dtensor(value) else value
+
+
+def _carried(value: DTensor) -> DTensor:
+    """In a dtype that gloo and NCCL carry, which int16, of compact state, is not."""
+    return cast("DTensor", value.to(torch.int32)) if value.dtype == torch.int16 else value
 
 
 def _along(param: DTensor, dim: int) -> np.ndarray:

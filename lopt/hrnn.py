@@ -53,6 +53,7 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
+ATTENDED = "attended"  # in eval mode, with attention: where gradients are wanted, as the parameters are at other times
 PLANS = 2  # of a device: parameters may take turns in having gradients
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
 
@@ -65,8 +66,9 @@ class _Listed(NamedTuple):
     sizes: list[int]  # T
     fan_in: list[int]  # T, of the whole tensors where these are shards
     devices: dict[torch.device, list[int]]  # numbers of the tensors on each
-    orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter
-    matrices: list[Tensor]  # all parameters of two or more dimensions, in this step or not
+    orders: list[tuple[Any, ...]]  # T, shape and strides of the state of a parameter, and of what it is a shard
+    counts: list[int]  # of all parameters of each group
+    matrices: list[Tensor]  # those of them with two or more dimensions
 
 
 class _Plan(NamedTuple):
@@ -291,11 +293,14 @@ class HRNN(Optimizer):
     def _bound(self) -> None:
         """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
         meta, asked_for = self._given
-        lowest = min(group["init_lr"] for group in self.param_groups)
+        lowest = self._lowest = self._lowest_init_lr()
         if not asked_for and meta.config.log_lr_min > math.log(lowest):
             meta = lowered(meta, lowest)
         if meta.config != self.meta.config:
             self.meta, self._plans, self._metas = meta, {}, {}
+
+    def _lowest_init_lr(self) -> float:
+        return min(group["init_lr"] for group in self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("meta", "nonfinite", "state_format", "backend", "_skipped", "_given")
@@ -328,7 +333,7 @@ class HRNN(Optimizer):
                 out of range, or a state has another architecture or shape, or float32 state has been read into compact
                 state's whole numbers; nothing is changed then.
         """
-        loaded: dict[Tensor, tuple[dict[str, Any], int]] = {}  # state and its format
+        loaded: dict[Tensor, dict[str, Any]] = {}
 
         # Torch casts state to the parameter's dtype, so it is given the groups alone: `take` runs after every other
         # pre-hook, `put` before every other post-hook.
@@ -344,21 +349,18 @@ class HRNN(Optimizer):
             keys = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
+            entries = []
             for (key, group), param in zip(keys, params, strict=False):
                 if state := rest.pop(key, None):
                     self._check_loadable(key, param, state)
-                    loaded[param] = state, saved_format(state, group.get("ms_steps"))
-            if loaded:
+                    entries.append((param, state, group))
+            if entries:
                 self._check_digest(state_dict["param_groups"])
+            loaded.update(self._converted(entries))
             return {**state_dict, "state": rest}
 
         def put(_: Optimizer) -> None:
-            shared: dict[torch.device, Tensor] = {}
-            for param, (state, saved) in loaded.items():
-                state = convert(state, self.meta, self.state_format, saved=saved)
-                own = self.state[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
-                if "global_hidden" in own:
-                    own["global_hidden"] = shared.setdefault(param.device, own["global_hidden"])
+            self.state.update(loaded)
 
         hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True)
         try:
@@ -366,6 +368,28 @@ class HRNN(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _converted(self, entries: Sequence[tuple[Tensor, dict[str, Any], Group]]) -> dict[Tensor, dict[str, Any]]:
+        """Each parameter with a copy of the state to load for it, as this optimizer has it."""
+        converted: dict[Tensor, dict[str, Any]] = {}
+        shared: dict[torch.device, Tensor] = {}
+        without = False
+        for param, state, group in entries:
+            saved = saved_format(state, group.get("ms_steps"))
+            state = convert(state, self.meta, self.state_format, saved=saved)
+            if "true_param" in state and ATTENDED not in state and not group.get("train_mode", True):
+                state[ATTENDED], without = state["true_param"], True
+            own = converted[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
+            if "global_hidden" in own:
+                own["global_hidden"] = shared.setdefault(param.device, own["global_hidden"])
+        if without:
+            warnings.warn(
+                "the state to load was saved in eval mode and comes without the points at which gradients were wanted, "
+                "as torch.distributed.checkpoint reads it: the next step takes them at the optimized parameters. To "
+                "resume exactly, save after optimizer.train()",
+                stacklevel=2,
+            )
+        return converted
 
     def _check_digest(self, groups: Sequence[Group]) -> None:
         """Raise ValueError if groups to load are of other meta-parameters; warn of groups that do not say."""
@@ -408,22 +432,20 @@ class HRNN(Optimizer):
 
     def _loaded(self, name: str, value: Any, param: Tensor) -> Any:
         """A value of a state to load, as a parameter's own: copied, on its device and in its memory order."""
-        row = next((row for row in ROWS if row.name == name), None)
-        if row is None:
+        row, shard = next((row for row in ROWS if row.name == name), None), real(distributed.local(param))
+        if row is None and name != ATTENDED:
             return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        dtype = row.dtype(self.state_format)
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value, device=param.device)
+        dtype = shard.dtype if row is None else row.dtype(self.state_format)
         value = value.detach().to(device=param.device, dtype=dtype, copy=True)
-        if row.per != "parameter":  # a tensor of its parameter's shape may have been sharded for it
-            return value.full_tensor() if distributed.is_dtensor(value) else value
-        outer = 0 if row.size(self.config) is None else 1
+        if row is not None and row.per != "parameter":  # a tensor of its parameter's shape may have been sharded for it
+            return distributed.whole(value)
+        outer = 0 if row is None or row.size(self.config) is None else 1
         if distributed.is_dtensor(param):
-            value = distributed.spread(param, value, outer)
-            return distributed.like(
-                param, like_parameter(distributed.local(value), real(distributed.local(param))), outer
-            )
-        return like_parameter(value.full_tensor() if distributed.is_dtensor(value) else value, real(param))
+            value = distributed.local(distributed.spread(param, value, outer))
+            return distributed.like(param, like_parameter(value, shard), outer)
+        return like_parameter(distributed.whole(value), shard)
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
@@ -432,9 +454,9 @@ class HRNN(Optimizer):
             for param in group["params"] if group["train_mode"] != mode else ():
                 numbers, state = real(param), self.state.get(param, {})
                 if "true_param" in state and mode:
-                    numbers.copy_(state.pop("attended"))
+                    numbers.copy_(state.pop(ATTENDED))
                 elif "true_param" in state:
-                    state["attended"] = numbers.clone()
+                    state[ATTENDED] = numbers.clone()
                     numbers.copy_(state["true_param"])
             group["train_mode"] = mode
 
@@ -468,6 +490,8 @@ class HRNN(Optimizer):
                 "step() was called in eval mode: the parameters hold the point to evaluate, not the one "
                 "at which gradients are wanted. Call optimizer.train() before the training step"
             )
+        if not torch.compiler.is_compiling() and self._lowest_init_lr() != self._lowest:  # changed in a group, or gone
+            self._bound()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by GradScaler
         tensors: list[Tensor] = []
         grads: list[Tensor] = []
@@ -523,7 +547,8 @@ class HRNN(Optimizer):
             tensors: the list. whole: the parameters, where those of the list are shards of them.
         """
         listed, compiling = self._listed, torch.compiler.is_compiling()
-        if listed is None or compiling or not are(tensors, listed.tensors):
+        counts = [len(group["params"]) for group in self.param_groups]
+        if listed is None or compiling or counts != listed.counts or not are(tensors, listed.tensors):
             width, params = len(self._columns), tensors[:: len(self._columns)]
             devices: dict[torch.device, list[int]] = {}
             for index, param in enumerate(params):
@@ -535,7 +560,11 @@ class HRNN(Optimizer):
                 [real(param).numel() for param in params],
                 [math.prod(param.shape[1:]) for param in whole or params],
                 devices,
-                [(hidden.shape[1:], hidden.stride()[1:]) for hidden in columns["hidden"]],
+                [
+                    (hidden.shape[1:], hidden.stride()[1:], distributed.layout(param))
+                    for hidden, param in zip(columns["hidden"], whole or params, strict=True)
+                ],
+                counts,
                 [param for group in self.param_groups for param in group["params"] if param.dim() > 1],
             )
             if not compiling:
@@ -593,8 +622,6 @@ class HRNN(Optimizer):
                 f"optimizes floating and complex tensors: leave it out"
             )
         self._check_readable(param)
-        if math.log(init_lr) < self.config.log_lr_min:  # it was changed in the group
-            self._bound()
         if _capturing(param.device):
             raise _unprepared()
         log_lr = min(max(math.log(init_lr), self.config.log_lr_min), self.config.log_lr_max)
@@ -878,9 +905,9 @@ def _stale(param: Tensor) -> RuntimeError:
 def _places(orders: Sequence[tuple[Any, ...]], sizes: Sequence[int], shards: Shards | None) -> Tensor:
     """Where in the update each tensor's `sampled` parameters stand: [T, SAMPLES], -1 for those that are not here."""
     if shards is None:
-        own = [_offsets(*order) for order in orders]
+        own = [_offsets(shape, order) for shape, order, _ in orders]
     else:
-        own = [_flat(shards.sampled(index), order) for index, (_, order) in enumerate(orders)]
+        own = [_flat(shards.sampled(index), order) for index, (_, order, _) in enumerate(orders)]
     offsets = np.array(own, dtype=np.int64).reshape(len(sizes), SAMPLES)
     begins = np.cumsum([0, *sizes], dtype=np.int64)[:-1, None]
     return torch.from_numpy(np.where(offsets < 0, -1, offsets + begins))

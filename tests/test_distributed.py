@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lopt import HRNN, HRNNConfig, MetaParams, backends
-from lopt.state import SAMPLES, rows
+from lopt.state import FORMATS, SAMPLES, rows
 from lopt.train import parallel
 
 # A checkpoint of one process is written and read without a process group, of which torch warns, and 2.6 of itself.
@@ -410,6 +410,66 @@ def a_whole_state_is_spread_over_sharded_parameters_and_back(folder: Path) -> No
             for name, value in source.state[left].items():
                 assert torch.equal(whole(value), whole(target.state[right][name]))
     assert isinstance(spread.state[params_of(spread)[0]]["hidden"], DTensor)
+
+
+@on_two_processes
+def parameters_of_equal_shards_take_turns(folder: Path) -> None:
+    """The first process holds two rows of each, though of four, of three and of two."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(rows, 64, generator=generator) for rows in (4, 3, 2)]
+    one = HRNN([nn.Parameter(value.clone()) for value in values], meta=META)
+    sharded = [nn.Parameter(distribute_tensor(value.clone(), mesh, [Shard(0)])) for value in values[:2]]
+    two = HRNN([*sharded, nn.Parameter(values[2].clone())], meta=META)
+    for step in range(9):
+        for optimizer in (one, two):
+            give_gradients(params_of(optimizer), step, skip=tuple({0, 1, 2} - {step % 3}))
+            optimizer.step()
+    assert_close(content(one), content(two))
+
+
+@on_two_processes
+def a_state_is_spread_over_another_mesh_along_another_dimension(folder: Path) -> None:
+    line, square = init_device_mesh("cpu", (WORLD,)), init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("a", "b"))
+    value = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+
+    def of(mesh: Any, placements: list[Any], state_format: str) -> HRNN:
+        param = nn.Parameter(distribute_tensor(value.clone(), mesh, placements))
+        return HRNN([param], meta=META, state_format=state_format)
+
+    for state_format in FORMATS:
+        whole_one = HRNN([nn.Parameter(value.clone())], meta=META, state_format=state_format)
+        train(whole_one, 2)
+        layouts = [(line, [Shard(0)]), (line, [Shard(1)]), (line, [Replicate()]), (square, [Replicate(), Shard(0)])]
+        source = whole_one
+        for mesh, placements in layouts:
+            target = of(mesh, placements, state_format)
+            target.load_state_dict(source.state_dict())
+            for name, right in whole_one.state[params_of(whole_one)[0]].items():
+                found = target.state[params_of(target)[0]][name]
+                assert found.dtype == right.dtype
+                found = found.to(torch.float32) if found.dtype == torch.int16 else found  # which gloo does not send
+                assert torch.equal(whole(found), right.to(found.dtype)), (name, placements)
+            source = target
+        gathered = HRNN([nn.Parameter(value.clone())], meta=META, state_format=state_format)
+        gathered.load_state_dict(source.state_dict())
+        for name, right in whole_one.state[params_of(whole_one)[0]].items():
+            assert torch.equal(gathered.state[params_of(gathered)[0]][name], right)
+
+
+@on_two_processes
+def a_whole_state_saved_in_eval_mode_is_spread(folder: Path) -> None:
+    one, two = pair(meta=ATTENTION)
+    train(one, 2)
+    train(two, 2)
+    one.eval()
+    two.load_state_dict(one.state_dict())
+    for param, other in zip(params_of(two), params_of(one), strict=True):
+        assert torch.equal(whole(two.state[param]["attended"]), one.state[other]["attended"])
+    for optimizer in (one, two):
+        optimizer.train()
+    for param, other in zip(params_of(two), params_of(one), strict=True):
+        assert torch.equal(whole(param), whole(other))
 
 
 def layout_options(layout: str) -> StateDictOptions:

@@ -35,8 +35,8 @@ def are(left: Sequence[object], right: Sequence[object]) -> bool:
 class Followed:
     """Which tensors columns of addresses were read of.
 
-    They are the optimizer's own, and move only if someone sets the `.data` of all of them: `stayed` looks at one kind
-    in each step.
+    They are the optimizer's own, and move only if someone sets the `.data` of all of them, or of all of some kinds:
+    `stayed` looks at every tensor of one kind and at the first of the others in each step.
     """
 
     def __init__(self) -> None:
@@ -47,9 +47,9 @@ class Followed:
         """Forget them, so that they live no longer than elsewhere."""
         self._columns, self._first = {}, []
 
-    def stayed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors are where they were in the last call; if not, all columns count as changed."""
-        first = addresses(tensors)
+    def stayed(self, tensors: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+        """Whether columns are where they were in the last call; if not, all count as changed."""
+        first = addresses([*tensors, *(column[0] for column in others if column)])
         if first == self._first:
             return True
         self._first, self._columns = first, {}

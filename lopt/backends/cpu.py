@@ -111,7 +111,7 @@ class _Kept:
         self.dense: list[tuple[int, ...]] = []  # strides of parameters that were all found to have no gaps
 
     def __call__(self, *lists: Sequence[Tensor]) -> list[list[int]]:
-        if self._followed.stayed(lists[0]) and are(lists, self._lists):
+        if self._followed.stayed(*lists) and are(lists, self._lists):
             return self._addresses
         if changed := self._followed.changed(dict(enumerate(lists))):
             known = dict(enumerate(self._addresses)) | changed

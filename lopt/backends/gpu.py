@@ -333,7 +333,7 @@ class Advance:
         Returns:
             The gradients, those copied that lay otherwise than their state; the table; their dtype or MIXED.
         """
-        self.state.stayed(hidden)
+        self.state.stayed(hidden, *state.values())
         columns = {AdvanceColumn.NUMEL: numel, **self.state.changed(state)}
         if AdvanceColumn.HIDDEN in columns:
             self.orders = [row.stride()[1:] for row in hidden]
@@ -389,7 +389,7 @@ class Summarise:
 
     def follow(self, state: dict[int, Sequence[Tensor]], numel: list[int], lr: Sequence[float | Tensor]) -> Tensor:
         """Put this step's addresses and rates into the table; returns it."""
-        self.state.stayed(state[SummaryColumn.STEP])
+        self.state.stayed(*state.values())
         columns = {SummaryColumn.NUMEL: numel, **self.state.changed(state), **self.lr.changed(lr)}
         return self.table.follow(columns)
 
@@ -438,7 +438,7 @@ class Apply:
             ]
             self.compact_strides = list(map(Tensor.stride, params)) if are(compact, params) else []
         kinds = _kinds(params, "parameter")
-        self.state.stayed(log_lr_mean)
+        self.state.stayed(log_lr_mean, true_param)
         columns = {
             ApplyColumn.PARAM: addresses(compact),
             ApplyColumn.PARAM_DTYPE: kinds,

@@ -68,5 +68,6 @@ def current_device(name: str | None) -> torch.device:
     """The same as a device, the current one from now on: where events are recorded and what `synchronize` waits for."""
     device = parallel.own_device(checked_device(name))
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device

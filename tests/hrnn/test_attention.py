@@ -56,6 +56,24 @@ def test_a_run_saved_in_eval_mode_resumes_exactly(place, dtype):
         assert_same(content(either), content(optimizer))
 
 
+def test_a_run_saved_in_eval_mode_without_its_attended_points_goes_on_from_the_optimized_ones(place):
+    """As torch.distributed.checkpoint reads it: the kinds of state that the optimizer which loads already has."""
+    place.skip_unless_supported(ATTENTION)
+    optimizer = place.hrnn(place.params(), meta=ATTENTION)
+    train(optimizer, 2)
+    optimizer.eval()
+    saved = through_memory(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["attended"]
+    resumed = place.hrnn(values(optimizer.param_groups[0]["params"]), meta=ATTENTION)
+    with pytest.warns(UserWarning, match=r"saved in eval mode .* To resume exactly, save after optimizer.train\(\)"):
+        resumed.load_state_dict(saved)
+    shown = values(resumed.param_groups[0]["params"])
+    resumed.train()
+    assert all(map(torch.equal, values(resumed.param_groups[0]["params"]), shown))
+    train(resumed, range(2, 4))
+
+
 def test_without_attention_train_and_eval_change_nothing_and_stepping_goes_on(place):
     optimizer = place.hrnn(place.params())
     train(optimizer, 1)

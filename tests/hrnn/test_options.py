@@ -271,6 +271,21 @@ def test_freezing_what_had_no_gradient_counts_at_once_and_resumes_exactly(place)
     assert_same(run(False), run(True))
 
 
+def test_matrices_without_gradients_that_join_or_leave_a_group_count_from_the_next_step_on(place):
+    params = place.params((3, 2), *[(2, 2)] * 3)
+    for param in params[1:]:
+        param.grad = None
+    optimizer = place.hrnn(params[:1], base_depth=1)
+    for step, present in enumerate((1, 4, 2)):
+        optimizer.param_groups[0]["params"][:] = params[:present]
+        same, before = copy.deepcopy(optimizer), params[0].detach().clone()
+        for each in (optimizer, same):
+            give_gradients(each.param_groups[0]["params"][:1], step)
+            each.step()
+        assert torch.equal(params[0], same.param_groups[0]["params"][0]), present
+        assert not torch.equal(params[0], before)
+
+
 def test_matrices_that_left_their_group_no_longer_count(place):
     pruned, fresh = place.params(*[(3, 3)] * 6), place.params(*[(3, 3)] * 6)[:1]
     optimizer, alone = place.hrnn(pruned, base_depth=1), place.hrnn(fresh, base_depth=1)
@@ -329,6 +344,13 @@ def test_the_weights_own_bound_gives_way_to_a_smaller_init_lr_and_to_that_alone(
     resumed = place.hrnn(params, meta=meta)
     resumed.load_state_dict(low.state_dict())
     assert bound(resumed) == bound(copy.deepcopy(low)) == math.log(1e-5)
+    del grown.param_groups[1]
+    give_gradients(params[:1], 1)
+    grown.step()
+    assert bound(grown) == bound(copy.deepcopy(grown)) == own
+    low.param_groups[0]["init_lr"] = 1e-6
+    low.step()
+    assert bound(low) == bound(copy.deepcopy(low)) == math.log(1e-6)
 
 
 def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(place):

@@ -217,6 +217,23 @@ def test_a_state_with_options_out_of_range_is_refused_and_nothing_lost(place, na
     assert optimizer.param_groups[0][name] != value
 
 
+class Stubborn:
+    def __deepcopy__(self, memo):
+        raise NotImplementedError("not to be copied")
+
+
+def test_a_state_that_cannot_be_copied_is_refused_and_nothing_lost(place):
+    source, target = place.hrnn(place.params(), lr=0.5), place.hrnn(place.params())
+    for optimizer in (source, target):
+        train(optimizer, 2)
+    saved, before = source.state_dict(), content(target)
+    saved["state"][2]["own"] = Stubborn()
+    with pytest.raises(NotImplementedError, match="not to be copied"):
+        target.load_state_dict(saved)
+    assert_same(content(target), before)
+    assert target.param_groups[0]["lr"] == 1.0
+
+
 def test_a_state_of_other_meta_parameters_is_refused_and_says_of_which(place):
     source, target = (place.hrnn(place.params(), meta=name) for name in ("hrnn-9", "hrnn-10"))
     train(source, 2)

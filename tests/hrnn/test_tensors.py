@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from lopt import HRNN
+from lopt import HRNN, MetaParams
 
 from .common import ATTENTION, PAPER, assert_same, content, give_gradients, train, values
 
@@ -280,3 +280,31 @@ def test_gradients_without_memory_of_their_own_are_refused(place):
     with pytest.raises(TypeError, match="is a TwoTensor without memory of its own, and kernels cannot read it"):
         place.hrnn([param]).step()
     assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        lambda name, value: name != "step",
+        lambda name, value: value.numel() > 1,
+        lambda name, value: name == "ms",
+        lambda name, value: name == "true_param",
+        lambda name, value: name in ("damping", "distance"),
+    ],
+    ids=["all but the step", "all but scalars", "ms", "true_param", "damping and distance"],
+)
+@pytest.mark.parametrize("meta", [None, ATTENTION], ids=["shipped", "attention"])
+def test_kinds_of_state_may_be_given_other_memory_between_steps(place, meta, kinds):
+    """As those do who keep state elsewhere meanwhile; the old memory is kept so that a use of it is no crash."""
+    place.skip_unless_supported(MetaParams.resolve(meta))
+    moved, stayed = (place.hrnn(place.params(), meta=meta) for _ in range(2))
+    old = []
+    for step in range(4):
+        for optimizer in (moved, stayed):
+            train(optimizer, range(step, step + 1))
+        for state in moved.state.values():
+            for name, value in state.items():
+                if kinds(name, value):
+                    old.append(value.data)
+                    value.data = value.data.clone()
+    assert_same(content(moved), content(stayed))

@@ -12,7 +12,7 @@ import torch._dynamo.exc
 import torch.nn.functional as F
 from torch import nn
 
-from lopt.train import TrainError, checkpoint, command, models, plots
+from lopt.train import TrainError, arguments, checkpoint, command, models, plots
 from lopt.train.config import Config
 from lopt.train.data import NO_LABEL, Digits, Feed, Synthetic
 from lopt.train.ema import Average
@@ -389,3 +389,19 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
         torch.cuda.set_sync_debug_mode("default")
     seconds, _, optimizer = training.times.per_step()
     assert 0 < optimizer < seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "index"), [("cuda", None, 3), ("cuda", "1", 1), ("cuda:2", None, 2), ("cuda:2", "1", 2)]
+)
+def test_a_gpu_is_chosen_by_its_number(monkeypatch, name, rank, index):
+    """torch.cuda.set_device takes no device without one."""
+    chosen = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(arguments, "checked_device", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert arguments.current_device(name) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
