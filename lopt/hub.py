@@ -14,7 +14,7 @@ TIMEOUT = 10.0  # seconds until a hub that does not answer counts as out of reac
 
 
 def find(name: str | os.PathLike[str], *, file: str, revision: str | None, token: str | bool | None) -> Path:
-    """Path of a file in a folder, or of a copy in the cache of the one in a repository.
+    """Path of a file in a folder, or of a copy in the cache of the one in a repository; that of a file is itself.
 
     Raises:
         FileNotFoundError: there is no such folder or repository, or no such file in it.
@@ -27,6 +27,8 @@ def find(name: str | os.PathLike[str], *, file: str, revision: str | None, token
         if not path.is_file():
             raise FileNotFoundError(f"folder {str(name)!r} holds no {file}: write one with MetaParams.save")
         return path
+    if Path(name).is_file():
+        return Path(name)
     repository = os.fspath(name)
     hub, errors = _hub()
     try:

@@ -302,7 +302,7 @@ class MetaParams(Mapping[str, Tensor]):
         """Read meta-parameters from a folder or, through huggingface_hub, from a repository "user/name" of the hub.
 
         Args:
-            name: a folder, the name of a repository, or of shipped weights.
+            name: a folder, a file, the name of a repository, or of shipped weights.
             file: name of the safetensors file in it.
             revision: branch, tag or commit of the repository; its main branch by default.
             token: of the hub, for private repositories; the one logged in with by default.

@@ -100,6 +100,7 @@ def test_a_folder_is_read_without_a_hub(folder: Path, monkeypatch: pytest.Monkey
     assert equal(MetaParams.from_pretrained(str(folder)), META)
     META.to(dtype=torch.float64).save(folder / "double.safetensors")
     assert MetaParams.from_pretrained(folder, file="double.safetensors").dtype == torch.float64
+    assert MetaParams.from_pretrained(folder / "double.safetensors").dtype == torch.float64
 
 
 def test_without_huggingface_hub_a_repository_is_refused_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import importlib
 import multiprocessing
 import os
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     labels, architectures = ({label: digest(meta) for label, meta in loaded.items()} for loaded in (weights, ablated))
     by_digest = {digest(meta): meta for meta in (*weights.values(), *ablated.values())}
     runs = suites.runs(suite, list(labels.values()), args.seeds, list(architectures.values()))
+    if args.only not in {None} | (trained := {run.setting.optimizer for run in runs}):
+        raise ValueError(f"--only {args.only}: the suite {args.suite} has {', '.join(sorted(trained))}")
     folder = args.out or Path("runs") / f"evaluate-{args.suite}{'-quick' if args.quick else ''}"
     folder.mkdir(parents=True, exist_ok=True)
     cache = Cache(args.cache or default_cache(), lambda name: suites.task(name).digest)
@@ -163,8 +166,15 @@ def _carried_out(
                 group = futures[future]
                 yield group, future.result()
                 progress(_cost(group))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a worker process was killed, as it is for want of memory: give fewer --jobs than {jobs}, and run "
+                f"again, which goes on from what is done"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():  # or they would go on with what they are at
+                worker.terminate()
             raise
 
 

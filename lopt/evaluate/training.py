@@ -198,12 +198,11 @@ class Cache:
         key = self.key(run)
         try:
             content = json.loads(self._path(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if content["key"] != json.loads(json.dumps(key)):
+                return None
+            return Result(**{**content["result"], "curve": tuple(content["result"]["curve"])})
+        except (OSError, ValueError, LookupError, TypeError):  # not there, or not what `put` has written
             return None
-        if content.get("key") != json.loads(json.dumps(key)):
-            return None
-        values = content["result"]
-        return Result(**{**values, "curve": tuple(values["curve"])})
 
     def put(self, run: Run, result: Result) -> None:
         """Store the result of a run; raises OSError, the folder is as before then."""

@@ -298,22 +298,32 @@ class MetaTraining:
         worlds, *others = self.group.to_first(_moved(own, torch.device("cpu"))) or [own]
         return {name: getattr(self, name) for name in CHANGING} | {
             "recipe": self.recipe.text,
+            "extra": self._extra_text,
             "generator": self.generator.get_state(),
             "worlds": worlds,
             "worlds_of_others": others,
             "optimizer": {} if self.finished else self.optimizer.state,
         }
 
+    @property
+    def _extra_text(self) -> str:
+        return str([(type(task).__qualname__, task.shapes) for task in self.extra])
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of `state_dict`, into a run of the same recipe, tasks, device and number of processes.
 
         Raises:
-            TrainError: the recipe or the number of processes is another one.
+            TrainError: the recipe, a task's shapes or the number of processes are others.
         """
         if saved.get("recipe") != self.recipe.text:
             raise TrainError(
                 "the checkpoint is of another version of this recipe: resume with the version of lopt, and of a recipe "
                 "of yours, that began it, or go on from its meta-parameters with --start FOLDER/meta.safetensors"
+            )
+        if saved.get("extra", self._extra_text) != self._extra_text:
+            raise TrainError(
+                f"the run began with the tasks {saved['extra']}, and their modules have {self._extra_text}: restore "
+                f"them, or go on with --start FOLDER/meta.safetensors"
             )
         generator, parts = saved["generator"], [saved["worlds"], *saved.get("worlds_of_others", [])]
         if len(parts) != self.group.size:

@@ -286,7 +286,7 @@ class Mix:
         parts, out, begin = grad.split(self.segments.sizes, -1), [], 0
         for task in self.tasks:
             own = [part.reshape(-1, *shape) for part, shape in zip(parts[begin:], task.shapes, strict=False)]
-            out += [part.flatten(1) for part in task.corrupt(own, random)]
+            out += [part.reshape(len(part), -1) for part in task.corrupt(own, random)]
             begin += len(task.shapes)
         return torch.cat(out, -1)
 

@@ -2,7 +2,12 @@
 
 import csv
 import dataclasses
+import multiprocessing
+import os
 import re
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -132,9 +137,52 @@ def test_errors_name_the_cure(evaluate, tmp_path, capsys):
     assert "hold the same meta-parameters: leave one out" in capsys.readouterr().err
     assert evaluate("--weights", "none.safetensors") == 2
     assert "neither a file nor the name of shipped weights" in capsys.readouterr().err
+    assert evaluate("--only", "schedule-free") == 2
+    assert "--only schedule-free: the suite digits has adam, hrnn, prodigy, sgd" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate("--seeds", "0")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGINT"])
+def test_processes_that_are_killed_or_interrupted_end_at_once_and_say_so(
+    evaluate, tmp_path, monkeypatch, capsys, signal_name
+):
+    """A worker as for want of memory, or the main process alone."""
+    long = Suite("Long.", (dataclasses.replace(TINY, steps=200_000, optimizers=("adam",), variants=()),))
+    monkeypatch.setitem(suites.SUITES, "digits", long)
+
+    pids = []
+
+    def strike() -> None:
+        while len(workers := multiprocessing.active_children()) < 2:
+            time.sleep(0.05)
+        time.sleep(1)
+        pids.extend(worker.pid for worker in workers)
+        victim = pids[0] if signal_name == "SIGKILL" else os.getpid()
+        os.kill(victim, getattr(signal, signal_name))
+
+    def alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    code = evaluate("--jobs", "2")
+    thread.join()
+    error = capsys.readouterr().err
+    if signal_name == "SIGKILL":
+        assert code == 2
+        assert "a worker process was killed, as it is for want of memory: give fewer --jobs than 2" in error
+    else:
+        assert code == 130
+    until = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert pids and not any(map(alive, pids))
 
 
 @pytest.fixture

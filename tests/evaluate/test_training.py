@@ -175,8 +175,10 @@ def test_a_damaged_file_is_no_result(tmp_path):
     cache = Cache(tmp_path, lambda name: "data")
     cache.put(run, result)
     (path,) = tmp_path.rglob("*.json")
-    path.write_text(path.read_text()[:50])
-    assert cache.get(run) is None
+    whole = path.read_text()
+    for damaged in (whole[:50], "null", "[]", "{}", whole.replace('"curve"', '"curves"'), f'{whole[:-2]}, "a": 1}}}}'):
+        path.write_text(damaged)
+        assert cache.get(run) is None, damaged
     cache.put(run, result)
     assert cache.get(run) == result
 

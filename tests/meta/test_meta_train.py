@@ -284,8 +284,40 @@ class Data(Base):
     def instance(self, count, random):
         return {"teacher": lambda x: x}
 class Fails(Base):
-    def loss(self, params, data):
+    def minibatch(self, data, count, random):
         return data["x"]
+class Structure(Base):
+    def instance(self, count, random):
+        return {"x": random.normal(count)}
+    def minibatch(self, data, count, random):
+        return (data["x"],)
+    def loss(self, params, data):
+        (x,) = data
+        return super().loss(params, data) + x.square()
+class Later(Base):
+    def minibatch(self, data, count, random):
+        data["order"] = range(3)
+        return data
+class Doubles(Base):
+    def start(self, count, random, data):
+        return [value.double() for value in super().start(count, random, data)]
+class FanIn(Base):
+    fan_in = 8
+class Short(Base):
+    fan_in = (8,)
+class Weightless(Base):
+    weight = 0.0
+class Root(Base):
+    def start(self, count, random, data):
+        return [0 * value for value in super().start(count, random, data)]
+    def loss(self, params, data):
+        return super().loss(params, data).sqrt() + 1
+class NaN(Base):
+    def loss(self, params, data):
+        return super().loss(params, data) * float("nan")
+class Corrupts(Base):
+    def corrupt(self, grads, random):
+        return [grad.sum(0) for grad in grads]
 class Below(Base):
     def loss(self, params, data):
         return super().loss(params, data) - 100
@@ -309,6 +341,15 @@ class Needs(Base):
         ("Start", "must return tensors of shapes [(4, 3), (4, 2, 2)], got [(4, 3)]"),
         ("Data", "got function: keep other things in the task itself"),
         ("Fails", "KeyError: 'x'"),
+        ("Structure", "return both in the same structure"),
+        ("Later", "and minibatch leave them so, got range: keep other things in the task itself"),
+        ("Doubles", "start must return float32, as meta-training computes in, got torch.float64"),
+        ("FanIn", "fan_in must have a number for each of the 2 tensors, got 8"),
+        ("Short", "fan_in must have a number for each of the 2 tensors, got (8,)"),
+        ("Weightless", "weight must be positive, as meta-losses are means with these weights, got 0.0"),
+        ("Root", "the gradient of parameter tensor 0 is not finite at the start"),
+        ("NaN", "loss must be finite; at the start it is [nan, nan, nan, nan]"),
+        ("Corrupts", "corrupt must return gradients of shapes [(4, 3), (4, 2, 2)], got [(3,), (2, 2)]"),
         ("Below", "loss must be positive"),
         ("Needs", "missing 1 required positional argument"),
     ],
@@ -336,6 +377,16 @@ class Wrong:
 BAD_TASK = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, mixes=lambda: [[Wrong()]]),))
 STAGE = SHORT
 """
+
+
+def test_a_run_is_not_resumed_with_a_task_of_other_shapes(tmp_path):
+    def training(*shapes):
+        return MetaTraining(tiny(), 0, extra=[networks.Linear(*shape) for shape in shapes])
+
+    saved = training((4, 3)).state_dict()
+    training((4, 3)).load_state_dict(saved)
+    with pytest.raises(TrainError, match=r"began with the tasks .*\(4, 3\).*, and their modules have .*\(5, 3\)"):
+        training((5, 3)).load_state_dict(saved)
 
 
 def test_command_trains_by_a_users_recipe_and_resumes_it(tmp_path, monkeypatch, capsys):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from lopt import HRNNConfig
 from lopt.meta.recipe import RECIPES
 from lopt.meta.tasks import LogOf, Noisy, Random, Rescaled, Sparse, Sum, Task, networks, paper
 from lopt.meta.tasks.base import try_out
+from lopt.meta.unroll import Mix
 
 RECORDED = np.load(Path(__file__).parents[1] / "recordings" / "problems.npz")
 TASKS = {
@@ -200,6 +202,19 @@ def test_repeated_copies_share_their_world_and_others_do_not():
     for values in (data["x"], data["y"], batch["x"], *grads, *(param for param in params if param.abs().max() > 0)):
         torch.testing.assert_close(values[:2], values[2:], rtol=0, atol=0)
         assert not torch.equal(values[0], values[1])
+
+
+def test_scalars_are_corrupted_in_a_mix_too():
+    class Scalar(Task):
+        shapes = ((), (2,))
+
+        def loss(self, params, data):
+            return params[0].square() + params[1].square().sum(-1)
+
+    random = Random(torch.Generator().manual_seed(0))
+    mix = Mix([Noisy(Scalar(), 0.1), paper.Quadratic(3)], HRNNConfig())
+    out = mix.corrupt(torch.zeros(5, mix.segments.total), random)
+    assert out.shape == (5, 6) and (out[:, :3] != 0).all() and (out[:, 3:] == 0).all()
 
 
 def test_wrappers_compose_and_rescale_both_parameters_and_loss():

@@ -122,16 +122,35 @@ def try_out(task: Task) -> None:
         raise ValueError(f"shapes must be a tuple of shapes such as ((8, 4), (4,)), got {task.shapes}")
     if not task.shapes or min(task.sizes) < 1:
         raise ValueError(f"shapes must be those of parameter tensors of at least one value, got {task.shapes}")
+    if not (math.isfinite(task.weight) and task.weight > 0):
+        raise ValueError(f"weight must be positive, as meta-losses are means with these weights, got {task.weight}")
+    if not isinstance(task.fan_in, Sequence) or len(task.fan_in) != len(task.shapes):
+        raise ValueError(f"fan_in must have a number for each of the {len(task.shapes)} tensors, got {task.fan_in}")
     data = task.instance(count, random)
     _check_data(data)
     params = [param.detach().clone().requires_grad_() for param in task.start(count, random, data)]
     expected, found = [(count, *shape) for shape in task.shapes], [tuple(param.shape) for param in params]
     if expected != found:
         raise ValueError(f"start of {count} copies must return tensors of shapes {expected}, got {found}")
-    loss = task.loss(params, task.minibatch(data, count, random))
-    if not isinstance(loss, Tensor) or loss.shape != (count,):
-        found_loss = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss of {count} copies must be a tensor of shape ({count},), got {found_loss}")
+    if other := [param.dtype for param in params if param.dtype != torch.float32]:
+        raise ValueError(f"start must return float32, as meta-training computes in, got {other[0]}: cast it")
+    batch = task.minibatch(data, count, random)
+    _check_data(data)  # which a minibatch may have changed
+    for given in (data, batch):  # the paper's recipe takes the loss of whole instances too
+        try:
+            loss = task.loss(params, given)
+        except (LookupError, TypeError, AttributeError) as error:
+            if given is batch:
+                raise
+            raise ValueError(
+                f"loss must take what instance returns as it takes a minibatch, and raises {type(error).__name__}: "
+                f"{error}; return both in the same structure"
+            ) from error
+        if not isinstance(loss, Tensor) or loss.shape != (count,):
+            found_loss = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss of {count} copies must be a tensor of shape ({count},), got {found_loss}")
+    if not loss.isfinite().all():
+        raise ValueError(f"loss must be finite; at the start it is {loss.detach().tolist()}")
     if not (loss.detach() > 0).all():
         raise ValueError(
             f"loss must be positive, for what counts is its logarithm relative to the start; at the start it is "
@@ -140,12 +159,17 @@ def try_out(task: Task) -> None:
     if loss.dtype != params[0].dtype:
         raise ValueError(f"loss must have the parameters' dtype {params[0].dtype}, got {loss.dtype}: cast the data")
     firsts = torch.autograd.grad(loss[0], params, allow_unused=True, retain_graph=True)
+    if infinite := [index for index, grad in enumerate(firsts) if grad is not None and not grad[0].isfinite().all()]:
+        raise ValueError(f"the gradient of parameter tensor {infinite[0]} is not finite at the start: start elsewhere")
     if any(grad is not None and grad[1:].any() for grad in firsts):
         raise ValueError("the loss of one copy depends on the parameters of another: take no mean or sum over copies")
     grads = torch.autograd.grad(loss.sum(), params, allow_unused=True)
     if unused := [index for index, grad in enumerate(grads) if grad is None]:
         raise ValueError(f"loss does not depend on parameter tensor {unused[0]}: leave it out of shapes")
-    for name, values in (("start", params), ("loss", [loss]), ("corrupt", task.corrupt(list(grads), random))):
+    corrupted = task.corrupt(list(grads), random)
+    if (found := [tuple(grad.shape) for grad in corrupted]) != expected:
+        raise ValueError(f"corrupt must return gradients of shapes {expected}, got {found}")
+    for name, values in (("start", params), ("loss", [loss]), ("corrupt", corrupted)):
         halves = [value.detach().chunk(2) for value in values]
         # Entries that cancel are rounded relative to the others.
         if not all(
@@ -166,7 +190,7 @@ def _check_data(data: Data) -> None:
     elif not (data is None or isinstance(data, Tensor) or type(data) in (bool, int, float, str)):
         raise ValueError(
             f"instance must return tensors, numbers and strings in dicts, lists and tuples, which a checkpoint can "
-            f"hold, got {type(data).__name__}: keep other things in the task itself"
+            f"hold, and minibatch leave them so, got {type(data).__name__}: keep other things in the task itself"
         )
 
 
