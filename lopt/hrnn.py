@@ -300,7 +300,7 @@ class HRNN(Optimizer):
             self.meta, self._plans, self._metas = meta, {}, {}
 
     def _lowest_init_lr(self) -> float:
-        return min(group["init_lr"] for group in self.param_groups)
+        return min([group["init_lr"] for group in self.param_groups])
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("meta", "nonfinite", "state_format", "backend", "_skipped", "_given")

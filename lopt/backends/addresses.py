@@ -49,7 +49,7 @@ class Followed:
 
     def stayed(self, tensors: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
         """Whether columns are where they were in the last call; if not, all count as changed."""
-        first = addresses([*tensors, *(column[0] for column in others if column)])
+        first = addresses([*tensors, *[column[0] for column in others if column]])
         if first == self._first:
             return True
         self._first, self._columns = first, {}
