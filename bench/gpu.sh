@@ -159,7 +159,7 @@ echo
 for name in kernels meta sass stability; do
     [ -s "$WORK/$name.log" ] && tail -n 80 "$WORK/$name.log" && echo
 done
-grep -h -E '(passed|failed|error).* in [0-9]' "$WORK"/tests-*.log 2>/dev/null
+grep -h -E '(passed|failed|error|skipped|ran).* in [0-9]' "$WORK"/tests-*.log 2>/dev/null
 grep -h '^FAILED' "$WORK"/*.log 2>/dev/null | sort -u | head -n 20
 echo
 timeout 20 "$PYTHON" -m lopt.bench.gpu summary "$RESULTS" 2>&1 | tee "$OUT/table.txt"
