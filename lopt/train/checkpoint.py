@@ -14,6 +14,7 @@ import torch
 from lopt.train import TrainError
 
 FORMAT = 1
+_locks: set[int] = set()  # descriptors of the folders in which this process is `alone`
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -41,13 +42,15 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Raises TrainError if another process trains in the folder, where the system tells."""
+    """Raises TrainError if another process trains in the folder, where the system tells. The lock is this process's
+    own: processes that it forks, which may outlive it, do not hold it."""
     try:
         import fcntl
     except ImportError:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,7 +61,18 @@ def alone(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        _locks.discard(descriptor)
         os.close(descriptor)
+
+
+def _let_go() -> None:
+    """Close a forked process's duplicates; the lock goes with the last of them, so its parent keeps it."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint is the old one or the whole new one, and a damaged one is noticed."""
 
 import errno
+import multiprocessing
 import resource
 from pathlib import Path
 
@@ -74,3 +75,21 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_folder_that_is_gone_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="there is none before it"):
         checkpoint.save(tmp_path / "gone" / "checkpoint.pt", STATE)
+
+
+def test_a_process_that_was_forked_does_not_hold_the_folder_and_its_parent_does(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    context = multiprocessing.get_context("fork")
+    begun, ended = context.Event(), context.Event()
+    child = context.Process(target=lambda: (begun.set(), ended.wait()))
+    try:
+        with checkpoint.alone(tmp_path):
+            child.start()
+            assert begun.wait(60)
+            with pytest.raises(TrainError, match="another process is training in"), checkpoint.alone(tmp_path):
+                pass
+        with checkpoint.alone(tmp_path):
+            assert child.is_alive()
+    finally:
+        ended.set()
+        child.join()
