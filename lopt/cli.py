@@ -46,6 +46,7 @@ EXTRAS = {  # module -> (what pip calls it, extra of lopt that brings it)
 }
 
 INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
+UNREAD = 141  # of one ended by SIGPIPE, as nobody reads what it prints; its work may not be done
 USER_ERROR = 2
 
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process if None.
 
     Returns:
-        The exit code: the subcommand's own, or 2 after an error that its user can cure.
+        The exit code: the subcommand's own, 2 after an error that its user can cure, 130 after Ctrl-C, or 141 where
+        standard output is closed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, subparsers = _parsers()
@@ -64,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in COMMANDS:
             _module(argv[0]).add_arguments(subparsers[argv[0]])
         args = parser.parse_args(argv)
-        return int(_module(args.command).run(args))
+        code = int(_module(args.command).run(args))
+        print(end="", flush=True)  # a closed pipe is noticed here, not when Python ends
+        return code
     except KeyboardInterrupt:
         print("lopt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return UNREAD
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         message = _message(error)
         if message is None or os.environ.get("LOPT_DEBUG", "0") not in ("", "0"):

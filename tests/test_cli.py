@@ -80,15 +80,16 @@ def test_interrupted_command_ends_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "lopt: interrupted\n"
 
 
-def test_closed_pipe_ends_in_silence():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_pipe_ends_in_silence_but_not_as_if_the_work_were_done(unbuffered):
     done = subprocess.run(
-        f"{sys.executable} -m lopt info | true; exit ${{PIPESTATUS[0]}}",
+        f"PYTHONUNBUFFERED={unbuffered} {sys.executable} -m lopt info | true; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_python_m_lopt_is_the_command():
