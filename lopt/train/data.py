@@ -308,9 +308,15 @@ class _Files:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Files below root, links followed but never in a circle or upwards; what is hidden is none's image."""
+    """Files below root, links followed but never in a circle or upwards; what is hidden is none's image. Raises
+    TrainError naming a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        text = f"folder {error.filename!r} cannot be read ({error.strerror}): make it readable, or remove it"
+        raise TrainError(text) from error
+
     seen = {(status.st_dev, status.st_ino) for status in (above.stat() for above in root.resolve().parents)}
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         status = os.stat(folder)
         if (place := (status.st_dev, status.st_ino)) in seen:
             folders.clear()

@@ -1,8 +1,10 @@
 """Batches are a pure function of (seed, step), and files are read as stated."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,6 +199,24 @@ def test_links_are_followed_but_not_in_circles_and_what_is_hidden_is_left_out(tr
     assert data._train.path(data.train_count - 1) == before._train.path(before.train_count - 1)
     paths = [data._train.path(index) for index in range(data.train_count)]
     assert str(across / "more" / "deeper" / "two.jpg") in paths and all(map(os.path.isfile, paths))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_folder_that_cannot_be_read_is_named(tree: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = tree / part / "down" / "locked"
+    locked.mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # as for any user but root
+        if Path(path) == locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        TrainError, match=rf"{part}/down/locked' cannot be read \(Permission denied\): make it readable"
+    ):
+        ImageFolder(tree)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
