@@ -223,6 +223,7 @@ def _new(args: argparse.Namespace) -> tuple[Config, Data]:
         compile=bool(args.compile),
         parallel=args.parallel or "ddp",
         sync_bn=bool(args.sync_bn),
+        class_names=data.class_names,
     )
     return config, data
 
@@ -277,7 +278,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Config, Data]:
             f"the training images of data {config.data!r} have other names or classes than those with which the run in "
             f"{str(args.resume)!r} began: restore them, or start anew"
         )
-    return config, data
+    return replace(config, class_names=data.class_names), data
 
 
 def _has_hrnn(optimizer: str, rivals: Sequence[str]) -> bool:

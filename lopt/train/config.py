@@ -58,6 +58,7 @@ class Config:
     compile: bool = False
     parallel: str | None = None  # of parallel.MODES, for more than one process
     sync_bn: bool = False
+    class_names: list[str] | None = None  # by label, for a folder of images; last, for they may be thousands
 
     def save(self, path: Path) -> None:
         content = {**asdict(self), "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}

@@ -106,7 +106,7 @@ class Digits:
     seed and stratified by class, are the test set. A training image is shifted by up to one pixel each way."""
 
     name = "digits"
-    digest = crop = None  # always the same
+    digest = crop = class_names = None  # always the same
     classes = 10
     channels = 1
     image_size = 8
@@ -167,7 +167,7 @@ class Synthetic:
     Every step gets the same images, made once and kept on the device."""
 
     name = "synthetic"
-    digest = crop = None  # always the same
+    digest = crop = class_names = None  # always the same
     classes = 1000
     channels = 3
     image_size = None  # any

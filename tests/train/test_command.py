@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from PIL import Image
 from lopt.metaparams import DEFAULT, MetaParams
 from lopt.train import TrainError, checkpoint, command, plots, runs, textures
 from lopt.train.config import Config
-from lopt.train.metrics import read_metrics
+from lopt.train.data import Feed, open_data
+from lopt.train.metrics import COLUMNS, read_metrics
 
 SameRun = Callable[[Path, Path], None]
 MakeTree = Callable[..., Path]
@@ -396,6 +398,43 @@ def test_a_run_keeps_its_crop(tmp_path: Path, make_tree: MakeTree) -> None:
     assert run("--resume", tmp_path / "parts", "--steps", 4) == 0
     left, right = (checkpoint.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_lines_of_the_readme_give_the_trained_model_and_the_names_of_its_classes(
+    tmp_path: Path, make_tree: MakeTree, ema: float | None
+) -> None:
+    tree, folder = make_tree(tmp_path / "stripes", per_class=24), tmp_path / "run"
+    options = ["--data", tree, "--model", "preresnet8", "--optimizer", "adamw", "--lr", 0.01, "--batch-size", 8]
+    options += ["--image-size", 16, "--workers", 0, "--steps", 24, *(["--ema", ema] if ema else [])]
+    assert run(*options, "--out", folder) == 0
+    data = open_data(str(tree))
+    feed = Feed(data.test_count, 3, 16, torch.device("cpu"))
+    ((images, labels),) = data.test_batches(feed)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = re.findall(r"^```python\n(from lopt\.train .*?)^```", readme, re.M | re.S)
+    names: dict[str, Any] = {"FOLDER": folder, "images": images}
+    exec(lines, names)
+    logits = names["model"](images)
+    assert names["likeliest"] == [("across", "down")[label] for label in logits.argmax(1)]
+    row = read_metrics(folder / "metrics.csv")[-1]
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(float(row[COLUMNS.index("ema_test_loss" if ema else "test_loss")]), rel=1e-5)
+
+
+def test_a_run_that_does_not_say_the_names_of_its_classes_goes_on_and_says_them(
+    tmp_path: Path, make_tree: MakeTree
+) -> None:
+    tree, path = make_tree(tmp_path / "stripes"), tmp_path / "run" / "config.json"
+    options = ["--model", "preresnet8", "--optimizer", "adamw", "--batch-size", 4, "--workers", 0, "--steps", 1]
+    assert run(*options, "--data", tree, "--out", tmp_path / "run") == 0
+    content = json.loads(path.read_text())
+    assert content.pop("class_names") == ["across", "down"]
+    path.write_text(json.dumps(content))
+    assert run("--resume", tmp_path / "run", "--steps", 2) == 0
+    assert Config.load(path).class_names == ["across", "down"]
+    assert run(*options, "--out", tmp_path / "digits") == 0
+    assert Config.load(tmp_path / "digits" / "config.json").class_names is None
 
 
 @pytest.mark.usefixtures("narrow_model")
