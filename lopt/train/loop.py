@@ -151,7 +151,7 @@ class Training:
             return True
         started = time.perf_counter() - self.seconds
         batches = self.data.train_batches(self.feed, self.step, config.steps)
-        with self._record(folder) as record, self._bar() as bar, contextlib.closing(batches):
+        with _cures_named(config), self._record(folder) as record, self._bar() as bar, contextlib.closing(batches):
             self.times.clear()
             shown = saved = time.perf_counter()
             save_cost = 0.0
@@ -182,8 +182,7 @@ class Training:
                     self.times.leave_out(save_cost)
                 if ending:
                     return self.row_step == config.steps
-                with _cures_named(config):
-                    self.take_step(batches)
+                self.take_step(batches)
                 if self.group.rank == 0 and (time.perf_counter() - shown > 0.5 or self.step == config.steps):
                     bar.set_postfix_str(self._bar_text() + bar.test_text, refresh=False)
                     shown = time.perf_counter()
@@ -392,7 +391,8 @@ class Training:
 
 @contextlib.contextmanager
 def _cures_named(config: Config) -> Iterator[None]:
-    """Raises TrainError for what a step may meet that other options avoid."""
+    """Raises TrainError for what a run may meet that other options avoid. The death of a process that decodes images
+    is raised by a signal, wherever the run is."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -408,6 +408,11 @@ def _cures_named(config: Config) -> Iterator[None]:
             ) from error
         raise
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise TrainError(
+                f"{reason}: resume with fewer --workers than {config.workers}, more memory or a larger /dev/shm"
+            ) from error
         if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().splitlines()[0]
             raise TrainError(f"--compile does not work here ({reason}): resume with --no-compile") from error

@@ -1,7 +1,10 @@
 """A run that stops and goes on, however it stopped, equals one that did not."""
 
 import csv
+import itertools
 import math
+import multiprocessing
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +17,9 @@ from torch import nn
 
 from lopt.train import TrainError, checkpoint, loop, models, parallel
 from lopt.train.config import Config
-from lopt.train.data import Digits
+from lopt.train.data import Digits, open_data
 from lopt.train.loop import Diverged, Training
-from lopt.train.metrics import COLUMNS, read_metrics
+from lopt.train.metrics import COLUMNS, Counts, read_metrics
 from lopt.train.stop import StopRequest
 
 pytestmark = pytest.mark.usefixtures("narrow_model")
@@ -189,6 +192,34 @@ def test_one_loss_that_is_not_finite_ends_only_what_it_has_broken(
     rows = [(int(row[0]), float(row[2])) for row in read_metrics(tmp_path / "coarse" / "metrics.csv")]
     for (begin, _), (end, mean) in zip(rows, rows[1:], strict=False):
         assert mean == pytest.approx(np.nanmean(losses[begin:end]), rel=1e-6)
+
+
+@pytest.mark.parametrize("place", ["a step", "an evaluation"])
+def test_a_killed_worker_ends_the_run_in_one_line_with_the_cure_and_the_run_goes_on(
+    place: str,
+    tmp_path: Path,
+    make_tree: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    assert_same_run: SameRun,
+) -> None:
+    data = open_data(str(make_tree(tmp_path / "stripes")))
+    config = replace(CONFIG, batch_size=4, classes=2, steps=6, eval_every=3, checkpoint_every=2, workers=1)
+    assert train(config, data, tmp_path / "whole")
+
+    def kill(*_: object) -> torch.Tensor:
+        multiprocessing.active_children()[0].kill()
+        time.sleep(60)  # until the signal of its death
+        raise AssertionError("it was not noticed")
+
+    with monkeypatch.context() as patch:
+        owner, method = (Training, "_loss") if place == "a step" else (Counts, "add")
+        usual = getattr(owner, method)
+        calls = itertools.count()
+        patch.setattr(owner, method, lambda *given: (usual if next(calls) < 2 else kill)(*given))
+        with pytest.raises(TrainError, match=r"DataLoader worker .* killed .*: resume with fewer --workers than 1"):
+            train(config, data, tmp_path / "run")
+    assert train(config, data, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_checkpoints_are_written_every_so_many_steps(
