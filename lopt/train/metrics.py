@@ -44,6 +44,7 @@ TAGS = {
     "speed/optimizer_seconds": "optimizer_seconds",
 }
 TOP = 5
+REPLACED = "\N{REPLACEMENT CHARACTER}"  # what bytes are read as that are no UTF-8
 
 
 class Scores(NamedTuple):
@@ -106,12 +107,16 @@ class Metrics(contextlib.AbstractContextManager["Metrics"]):
 
 def read_metrics(path: Path) -> list[list[str]]:
     """The rows of metrics.csv as text, a field for each of COLUMNS, "" for a column that the file has not; without the
-    header and without a row that was cut off by a kill."""
-    with open(path, encoding="utf-8", newline="") as file:
-        header, *rows = [*csv.reader(file)] or [[]]
+    header and without a row that was cut off by a kill or is not text. Raises TrainError."""
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            header, *rows = [*csv.reader(file)] or [[]]
+    except OSError as error:
+        text = f"{str(path)!r} cannot be read ({error}): restore it from a copy, or make it readable"
+        raise TrainError(text) from error
     places = [header.index(name) if name in header else None for name in COLUMNS]
     return [
         ["" if place is None else row[place] for place in places]
         for row in rows
-        if len(row) == len(header) and row[0].isdigit()
+        if len(row) == len(header) and row[0].isdigit() and REPLACED not in "".join(row)
     ]

@@ -16,7 +16,8 @@ LEAST_ERROR = 1e-3  # an error rate of 0 is drawn here on the logarithmic scale
 
 
 def draw(path: Path, title: str, runs: dict[str, Path]) -> None:
-    """Writes a PNG to `path`. runs: label -> metrics.csv; the first is drawn on top. Raises OSError.
+    """Writes a PNG to `path`. runs: label -> metrics.csv; the first is drawn on top. Raises OSError where it
+    cannot be written, TrainError where rows cannot be read.
 
     Accuracy is drawn on a logarithmic scale of the error, so that 98 % and 99 % are as far apart as 80 % and 90 %.
     """

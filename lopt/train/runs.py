@@ -180,8 +180,11 @@ def _announce(training: Training, folder: Path) -> None:
 
 
 def _result(training: Training, folder: Path) -> str:
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in read_metrics(folder / "metrics.csv")]
-    last = next(row for row in reversed(rows) if row["test_accuracy"])
+    path = folder / "metrics.csv"
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in read_metrics(path)]
+    last = next((row for row in reversed(rows) if row["test_accuracy"]), None)
+    if last is None:
+        raise TrainError(f"{str(path)!r} has no row with a test accuracy: restore it from a copy")
     skipped = int(getattr(training.optimizer, "skipped_steps", 0))
     said = f"test accuracy {100 * float(last['test_accuracy']):.2f} %"
     if last["test_top5"]:

@@ -247,6 +247,17 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
+def test_a_finished_run_without_its_metrics_names_them_and_not_the_curves(tmp_path: Path) -> None:
+    assert run(*QUICK, "--steps", 2, "--out", tmp_path / "run") == 0
+    (tmp_path / "run" / "metrics.csv").unlink()
+    with pytest.raises(TrainError, match=r"^'.*metrics\.csv' cannot be read \(.*: restore it from a copy"):
+        run("--resume", tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").touch()
+    with pytest.raises(TrainError, match=r"metrics\.csv' has no row with a test accuracy: restore it from a copy"):
+        run("--resume", tmp_path / "run")
+
+
+@pytest.mark.usefixtures("drawn")
 def test_compared_runs_see_the_same_model_and_batches_and_are_drawn_together(
     tmp_path: Path, assert_same_run: SameRun
 ) -> None:

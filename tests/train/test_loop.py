@@ -112,6 +112,16 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_row_too(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_row_with_bytes_that_are_no_text_is_dropped(data: Digits, tmp_path: Path) -> None:
+    train(CONFIG, data, tmp_path)
+    path = tmp_path / "metrics.csv"
+    whole = read_metrics(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b".", b"\xff", 1)
+    path.write_bytes(b"".join(lines))
+    assert read_metrics(path) == [whole[0], *whole[2:]]
+
+
 def test_a_checkpoint_whose_sums_count_no_images_goes_on(
     data: Digits, tmp_path: Path, assert_same_run: SameRun
 ) -> None:
