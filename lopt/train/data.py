@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import signal
+import stat
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,6 +370,8 @@ class _Pictures(torch.utils.data.Dataset):
         """One image [size, size, 3] uint8."""
         from PIL import Image
 
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe waits for its writer
+            raise ValueError("it is no regular file")
         with Image.open(path) as image:
             width, height = image.size
             resized = self.crop == "resized"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,18 @@ def test_an_unreadable_image_is_named(tree: Path, workers: int) -> None:
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(TrainError, match=r"down/3\.jpg"):
         list(ImageFolder(tree).train_batches(folder_feed(workers=workers), 0, 3))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_pipe_is_named_and_not_waited_for(tree: Path, part: str) -> None:
+    pipe = tree / part / "down" / "pipe.jpg"
+    os.mkfifo(pipe)
+    writer = threading.Timer(5, lambda: os.close(os.open(pipe, os.O_WRONLY)))  # ends a reader's wait
+    writer.start()
+    data, feed = ImageFolder(tree), folder_feed(batch_size=1)
+    with pytest.raises(TrainError, match=r"down/pipe\.jpg' \(it is no regular file\): replace"):
+        list(data.train_batches(feed, 0, data.train_count) if part == "train" else data.test_batches(feed))
+    writer.cancel()
 
 
 def test_loading_files_leaves_the_global_generator_alone(tree: Path) -> None:
