@@ -111,6 +111,7 @@ class Digits:
     classes = 10
     channels = 1
     image_size = 8
+    left_out = 0
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
@@ -172,6 +173,7 @@ class Synthetic:
     classes = 1000
     channels = 3
     image_size = None  # any
+    left_out = 0
     train_count = 12_800
     test_count = 512
 
@@ -255,6 +257,11 @@ class ImageFolder:
         return len(self._test)
 
     @property
+    def left_out(self) -> int:
+        """Files beside the images, by their suffixes."""
+        return self._train.left_out + self._test.left_out
+
+    @property
     def digest(self) -> str:
         """Of the training images' names below the folder and their classes: what the order of a run depends on."""
         return self._train.digest
@@ -281,16 +288,18 @@ class _Files:
 
     Args:
         found: (class index, path below root), in their order.
+        left_out: how many files beside them are no images, by their suffixes.
 
     Attributes:
         labels: [n].
     """
 
-    def __init__(self, root: Path, found: list[tuple[int, str]]) -> None:
+    def __init__(self, root: Path, found: list[tuple[int, str]], left_out: int) -> None:
         texts = [os.fsencode(path) for _, path in found]
         self._root, self._text = str(root), np.frombuffer(b"".join(texts), np.uint8)
         self._ends = np.cumsum([0, *map(len, texts)])
         self.labels = np.array([label for label, _ in found])
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -329,17 +338,17 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _list_images(root: Path, classes: list[str]) -> _Files:
     """Every image below root, sorted by class and path. Raises TrainError when there is none."""
-    found = [
+    files = [
         (label, file.removeprefix(f"{root}{os.sep}"))
         for label, name in enumerate(classes)
         for file in _walk(root / name)
-        if file.lower().endswith(IMAGE_SUFFIXES)
     ]
+    found = [(label, file) for label, file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
         beside = any(file.lower().endswith(IMAGE_SUFFIXES) for file in os.listdir(root))
         cure = f"they must lie in a folder for each class, such as {root.name}/{classes[0]}/" if beside else "add some"
         raise TrainError(f"{str(root)!r} holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder: {cure}")
-    return _Files(root, sorted(found))
+    return _Files(root, sorted(found), left_out=len(files) - len(found))
 
 
 class _Pictures(torch.utils.data.Dataset):

@@ -169,10 +169,11 @@ def _announce(training: Training, folder: Path) -> None:
     threads = f" with {config.threads} thread{'s' if config.threads > 1 else ''}"
     where = config.device + (threads if config.device == "cpu" else "")
     where += f" in {group.size} processes ({config.parallel})" if group.size > 1 else ""
+    others = f", {data.left_out:,} other file{'s' if data.left_out > 1 else ''} left out" if data.left_out else ""
     print(f"model      {config.model}: {sum(map(torch.numel, tensors)):,} parameters in {len(tensors)} tensors")
     print(
         f"data       {data.name}: {data.train_count:,} training and {data.test_count:,} test images of "
-        f"{config.image_size}x{config.image_size} in {data.classes} classes"
+        f"{config.image_size}x{config.image_size} in {data.classes} classes{others}"
     )
     print(f"optimizer  {OPTIMIZERS[config.optimizer].label}: {', '.join(details)}")
     steps = f"{config.steps:,} steps of {config.batch_size} images ({epochs:.3g} epochs)"

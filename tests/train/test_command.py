@@ -396,6 +396,27 @@ def test_a_folder_of_images_is_trained_with_workers_and_resumes_bit_for_bit(
     assert float(left[5]) >= 5 / 6
 
 
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([], ""),
+        (["train/down/.hidden.gif", "val/down/a.gif"], ", 1 other file left out"),
+        (["train/down/a.gif", "train/across/b.txt", "val/down/deeper/c.npy"], ", 3 other files left out"),
+    ],
+)
+def test_files_that_are_no_images_are_counted_where_there_are_any(
+    others: list[str], said: str, tmp_path: Path, make_tree: MakeTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = make_tree(tmp_path / "stripes")
+    for other in others:
+        (tree / other).parent.mkdir(exist_ok=True)
+        (tree / other).touch()
+    options = ["--data", tree, "--model", "preresnet8", "--optimizer", "adamw", "--batch-size", 4, "--workers", 0]
+    assert run(*options, "--steps", 1, "--out", tmp_path / "run") == 0
+    expected = f"data       stripes: 12 training and 6 test images of 32x32 in 2 classes{said}\n"
+    assert expected in capsys.readouterr().out
+
+
 def test_a_run_keeps_its_crop(tmp_path: Path, make_tree: MakeTree) -> None:
     tree = make_tree(tmp_path / "stripes")
     options = ["--data", tree, "--model", "preresnet8", "--optimizer", "adamw", "--batch-size", 4, "--image-size", 16]
