@@ -343,7 +343,7 @@ def _list_images(root: Path, classes: list[str]) -> _Files:
         for label, name in enumerate(classes)
         for file in _walk(root / name)
     ]
-    found = [(label, file) for label, file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+    found = [entry for entry in files if entry[1].lower().endswith(IMAGE_SUFFIXES)]
     if not found:
         beside = any(file.lower().endswith(IMAGE_SUFFIXES) for file in os.listdir(root))
         cure = f"they must lie in a folder for each class, such as {root.name}/{classes[0]}/" if beside else "add some"
