@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     labels, architectures = ({label: digest(meta) for label, meta in loaded.items()} for loaded in (weights, ablated))
     by_digest = {digest(meta): meta for meta in (*weights.values(), *ablated.values())}
     runs = suites.runs(suite, list(labels.values()), args.seeds, list(architectures.values()))
+    if args.only and (line := OPTIMIZERS[args.only]).missing:
+        raise ImportError(f"--only {args.only}: install {line.package}")
     if args.only not in {None} | (trained := {run.setting.optimizer for run in runs}):
         raise ValueError(f"--only {args.only}: the suite {args.suite} has {', '.join(sorted(trained))}")
     folder = args.out or Path("runs") / f"evaluate-{args.suite}{'-quick' if args.quick else ''}"

@@ -131,14 +131,18 @@ def test_processes_give_the_same_results(evaluate, tmp_path, monkeypatch):
     assert losses(tmp_path / "processes") == losses(tmp_path / "runs" / "evaluate-digits-quick")
 
 
-def test_errors_name_the_cure(evaluate, tmp_path, capsys):
+def test_errors_name_the_cure(evaluate, tmp_path, monkeypatch, capsys):
     (tmp_path / "same.safetensors").write_bytes((tmp_path / "seed0.safetensors").read_bytes())
     assert evaluate("--weights", "seed0.safetensors", "same.safetensors") == 2
     assert "hold the same meta-parameters: leave one out" in capsys.readouterr().err
     assert evaluate("--weights", "none.safetensors") == 2
     assert "neither a file nor the name of shipped weights" in capsys.readouterr().err
-    assert evaluate("--only", "schedule-free") == 2
-    assert "--only schedule-free: the suite digits has adam, hrnn, prodigy, sgd" in capsys.readouterr().err
+    assert evaluate("--only", "rmsprop") == 2
+    assert "--only rmsprop: the suite digits has adam, hrnn, " in capsys.readouterr().err
+    absent = dataclasses.replace(command.OPTIMIZERS["prodigy"], package="no_such_package")
+    monkeypatch.setitem(command.OPTIMIZERS, "prodigy", absent)
+    assert evaluate("--only", "prodigy") == 2
+    assert "--only prodigy: install no_such_package" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate("--seeds", "0")
     assert not (tmp_path / "runs").exists()
