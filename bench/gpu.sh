@@ -9,11 +9,12 @@
 #     bash bench/gpu.sh stability              thousands of steps of large models, into runs/stability; about half an
 #                                              hour, less by STABILITY="--models preresnet50 --rival-steps 400", say
 #
-# Each part takes ${BUDGET:-510} seconds, and at most half a minute more to end what it interrupts. ${OUT:-bench/out} gets
-# stages.txt, table.txt, logs.txt, results.csv, meta.csv, and metrics and curves of each model, as far as they came; a part
-# that ran before leaves its rows there, and `stability` goes on where it stopped. For a machine with a GPU, Python 3.11 or
-# later, PyTorch and Triton, and no package registry: nothing is downloaded. Rows name the commit, LOPT_COMMIT where git
-# does not know it. A failing stage does not keep the others from running; the exit status tells whether all passed.
+# Each part takes ${BUDGET:-510} seconds, and at most half a minute more to end what it interrupts. ${OUT:-bench/out}
+# gets stages.txt, table.txt, logs.txt, results.csv, meta.csv, and metrics and curves of each model, as far as they
+# came; a part that ran before leaves its rows there, and `stability` goes on where it stopped. For a machine with a
+# GPU, Python 3.11 or later, PyTorch and Triton, and no package registry: nothing is downloaded. Rows name the commit,
+# LOPT_COMMIT where git does not know it. A failing stage does not keep the others from running; the exit status tells
+# whether all passed.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/out}" && cd "${OUT:-bench/out}" && pwd) || exit 1

@@ -25,6 +25,7 @@ from lopt.metaparams import MetaParams
 DTYPES = {"hidden": torch.int16, "accum": torch.float16, "ms": torch.int16}  # of the kinds of state it changes
 HIDDEN_STEPS = 32767
 MS_STEPS = 409  # per octave
+MS_STEPS_UNSAID = 256  # in files that do not say how many
 MS_OCTAVES = 80  # that are held on either side of 1
 MS_ZERO = -32768
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lopt import backends, distributed
+from lopt import backends, compact, distributed
 from lopt.backends.addresses import are
 from lopt.backends.reference import sums_columns
 from lopt.config import GRADIENT_LIMIT, HRNNConfig
@@ -48,7 +48,7 @@ from lopt.state import (
     like_parameter,
     rows,
     sampled,
-    saved_format,
+    saved_codes,
     strides,
 )
 
@@ -131,7 +131,8 @@ class HRNN(Optimizer):
             largest distance from its start over sqrt(1 + step).
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
-            step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either.
+            step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either, but for
+            `torch.distributed.checkpoint`, which reads into tensors of the same format alone.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the fastest usable on each parameter's device.
         nonfinite: what a gradient that is NaN, infinite or beyond 1e18 does: with "skip" the step leaves parameters and
             all state untouched and is counted in `skipped_steps`; "raise" raises naming the tensor.
@@ -199,13 +200,12 @@ class HRNN(Optimizer):
         }
         check_group(options)
         self.meta = MetaParams.resolve(meta)
-        options["meta_digest"] = self.meta.digest
-        options["ms_steps"] = FORMATS[state_format]
+        self.state_format = state_format
+        self._mark(options)
         if min_lr is not None:
             self.meta = bounded(self.meta, min_lr, steps=0.0, distance=0.0)
         self._given = self.meta, min_lr is not None
         self.nonfinite = nonfinite
-        self.state_format = state_format
         self.backend = backend
         self._skipped: dict[torch.device, Tensor] = {}
         self._captured: dict[int, _Plan] = {}
@@ -282,13 +282,19 @@ class HRNN(Optimizer):
         self._bound()
         # Torch warns of a parameter listed twice; it is stepped once.
         group = self.param_groups[-1]
-        group["meta_digest"] = self.defaults["meta_digest"]  # it may be a group of another optimizer
-        group["ms_steps"] = FORMATS[self.state_format]
+        self._mark(group)
         first = sorted({param: index for index, param in reversed(list(enumerate(group["params"])))}.values())
         for key in group.keys() & {"params", "param_names"}:
             group[key] = [group[key][index] for index in first]
         if self._made:
             warn_of_small([group])
+
+    def _mark(self, options: dict[str, Any]) -> None:
+        """Have a group, which may be another optimizer's, say what the state beside it in a file is made with."""
+        options["meta_digest"] = self.meta.digest
+        options.pop("ms_steps", None)
+        if self.state_format == "compact":
+            options["ms_steps"] = compact.MS_STEPS
 
     def _bound(self) -> None:
         """Keep the meta-parameters' own bound of the learned rates from lying above where a group's rates start."""
@@ -300,7 +306,7 @@ class HRNN(Optimizer):
             self.meta, self._plans, self._metas = meta, {}, {}
 
     def _lowest_init_lr(self) -> float:
-        return min([group["init_lr"] for group in self.param_groups])
+        return min([group["init_lr"] for group in self.param_groups], default=self.defaults["init_lr"])
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("meta", "nonfinite", "state_format", "backend", "_skipped", "_given")
@@ -319,8 +325,7 @@ class HRNN(Optimizer):
         for options in (self.defaults, *self.param_groups):
             for name, default in OPTIONS.items():
                 options.setdefault(name, self.defaults.get(name, default))
-            options.setdefault("meta_digest", self.meta.digest)
-            options["ms_steps"] = FORMATS[self.state_format]  # `load_state_dict` converts what had others
+            self._mark(options)
         self._bound()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -330,8 +335,8 @@ class HRNN(Optimizer):
 
         Raises:
             ValueError: the groups do not match, or are another optimizer's or of other meta-parameters, or an option is
-                out of range, or a state has another architecture or shape, or float32 state has been read into compact
-                state's whole numbers; nothing is changed then.
+                out of range, or a state has another architecture or shape, or was read into tensors of the other
+                format; nothing is changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
@@ -375,8 +380,9 @@ class HRNN(Optimizer):
         shared: dict[torch.device, Tensor] = {}
         without = False
         for param, state, group in entries:
-            saved = saved_format(state, group.get("ms_steps"))
-            state = convert(state, self.meta, self.state_format, saved=saved)
+            part = {name: distributed.local(state[name]) for name in ("hidden", "ms")}
+            codes = saved_codes(part, compact.limit(self.meta), group.get("ms_steps"))
+            state = convert(state, self.meta, self.state_format, ms_steps=codes)
             if "true_param" in state and ATTENDED not in state and not group.get("train_mode", True):
                 state[ATTENDED], without = state["true_param"], True
             own = converted[param] = {name: self._loaded(name, value, param) for name, value in state.items()}
@@ -491,6 +497,8 @@ class HRNN(Optimizer):
                 "at which gradients are wanted. Call optimizer.train() before the training step"
             )
         if not torch.compiler.is_compiling() and self._lowest_init_lr() != self._lowest:  # changed in a group, or gone
+            for group in self.param_groups:
+                check_group({**self.defaults, **group, "lr": 1.0})
             self._bound()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by GradScaler
         tensors: list[Tensor] = []

@@ -21,8 +21,7 @@ from lopt import compact
 from lopt.config import HRNNConfig
 from lopt.metaparams import MetaParams
 
-# With what tells them apart in a file: codes per octave of mean squares, 0 for float32.
-FORMATS = {"float32": 0, "compact": compact.MS_STEPS}
+FORMATS = ("float32", "compact")
 # `damping` before the first step: sum of mean squares, of their weights; factor of rises.
 UNDAMPED = (0.0, 0.0, 1.0)
 TOTAL, FACTOR = 0, 2  # where the first and the last of these stand
@@ -137,44 +136,48 @@ def init_state(
     return state
 
 
-def saved_format(state: Mapping[str, Tensor], said: int | None) -> int:
-    """Which of the values of `FORMATS`, or an earlier one of compact state, saved state of a parameter tensor has.
+def saved_codes(state: Mapping[str, Tensor], limit: float, said: int | None) -> int | None:
+    """Codes per octave of the mean squares in saved state of a parameter tensor, None for float32.
 
     Args:
-        state: the kinds per parameter, maybe read into tensors of another dtype than was saved, as
-            `torch.distributed.checkpoint` does.
-        said: what its file says of it; None: nothing, as files of state with 256 codes.
+        state: `hidden` and `ms`, or a part of them. limit: see `lopt.compact.limit`.
+        said: what the file says, None: nothing.
 
     Raises:
-        ValueError: it was float32, and has been read into whole numbers.
+        ValueError: the numbers are of one format and their dtype is of the other's, since
+            `torch.distributed.checkpoint` copies into the tensors that are there.
     """
-    if said is None:
-        return 256 if state["ms"].dtype == torch.int16 else FORMATS["float32"]
-    if said == FORMATS["float32"] and state["ms"].dtype == torch.int16:
-        raise ValueError(
-            "the state to load was saved in float32 and has been read into the whole numbers of compact state, which "
-            "cut its fractions off: read it for an optimizer with state_format='float32', and load that one's "
-            "state_dict()"
-        )
-    return int(said)
+    hidden, ms = state["hidden"], state["ms"]
+    is_compact = hidden.dtype == torch.int16
+    if hidden.numel() > 0:
+        # No hidden state is beyond the limit, but for rounding, and no mean square below zero; of codes, some are.
+        codes = bool(hidden.abs().amax() > 2 * limit) or bool(ms.amin() < 0)
+        if codes != is_compact:
+            found, wanted = ("compact", "float32") if codes else ("float32", "compact")
+            raise ValueError(
+                f"the state to load was saved in the format {found} and has been read into tensors of the format "
+                f"{wanted}: read it for an optimizer with state_format={found!r}, and load that one's state_dict()"
+            )
+    return (said or compact.MS_STEPS_UNSAID) if is_compact else None
 
 
-def convert(state: Mapping[str, Tensor], meta: MetaParams, state_format: str, *, saved: int) -> dict[str, Tensor]:
-    """State of one parameter tensor in another format.
+def convert(
+    state: Mapping[str, Tensor], meta: MetaParams, state_format: str, *, ms_steps: int | None = compact.MS_STEPS
+) -> dict[str, Tensor]:
+    """State of one parameter tensor in another format, or, where it is compact, with other codes.
 
     Args:
-        state: all kinds, with the numbers of the format that they have, whatever their dtype.
+        state: all kinds.
         meta: meta-parameters that it was made with.
         state_format: one of `FORMATS`.
-        saved: what `saved_format` returns.
+        ms_steps: codes per octave that its mean squares have, where it is compact.
     """
+    found = ms_steps if state["hidden"].dtype == torch.int16 else None
+    wanted = compact.MS_STEPS if state_format == "compact" else None
     state = dict(state)
-    if saved == FORMATS[state_format]:
-        return state
-    if saved != FORMATS["float32"]:
-        codes = {name: state[name].to(dtype) for name, dtype in compact.DTYPES.items()}
-        state |= compact.decode(codes, compact.limit(meta), ms_steps=saved)
-    if state_format == "compact":
+    if found != wanted and found is not None:
+        state |= compact.decode(state, compact.limit(meta), ms_steps=found)
+    if found != wanted and wanted is not None:
         state |= compact.encode(state, compact.limit(meta))
     return state
 

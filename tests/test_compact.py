@@ -161,7 +161,7 @@ def test_a_checkpoint_of_either_format_loads_into_either(saved, loaded):
     state, (expected,) = target.state[param], source.state.values()
     for row in rows(META.config):
         assert state[row.name].dtype == row.dtype(loaded)
-    back = convert(state, META, saved, saved=FORMATS[loaded])
+    back = convert(state, META, saved)
     # Going through the compact format once more changes nothing; from float32 it costs half a step.
     tolerances = {"hidden": 2e-5, "ms": 2e-3, "accum": 1e-3} if saved == "float32" else dict.fromkeys(state, 0.0)
     for name in ("hidden", "ms", "accum"):
@@ -200,7 +200,7 @@ def test_mean_squares_saved_with_other_codes_are_converted(backend, said):
     assert group["ms_steps"] == compact.MS_STEPS
     # 512 codes per octave, or the 256 of a file that says nothing, for what are powers of two in both.
     octaves = torch.arange(4 * 64).remainder(60).sub(30).reshape(4, 64)
-    state["ms"] = (octaves * (512 if said else 256)).to(torch.int16)
+    state["ms"] = (octaves * (512 if said else compact.MS_STEPS_UNSAID)).to(torch.int16)
     if said:
         group["ms_steps"] = 512
     else:
@@ -209,46 +209,75 @@ def test_mean_squares_saved_with_other_codes_are_converted(backend, said):
         param = torch.nn.Parameter(torch.zeros(64))
         target = HRNN([param], meta=META, state_format=state_format, backend=backend)
         target.load_state_dict(checkpoint)
-        assert target.param_groups[0]["ms_steps"] == FORMATS[state_format]
-        found = convert(target.state[param], META, "float32", saved=FORMATS[state_format])
+        assert target.param_groups[0].get("ms_steps") == (compact.MS_STEPS if state_format == "compact" else None)
+        found = convert(target.state[param], META, "float32")
         torch.testing.assert_close(found["ms"], torch.exp2(octaves.float()), rtol=1e-5, atol=0)
         accum = state["accum"].float() * torch.exp2(octaves / 2)
         torch.testing.assert_close(found["accum"], accum, rtol=2**-10, atol=0)
         torch.testing.assert_close(found["hidden"], state["hidden"] / 32767, rtol=2**-22, atol=0)
 
 
+def test_float32_state_is_told_by_its_dtype_whatever_its_group_says():
+    """`set_optimizer_state_dict` fills in what a file does not say from the optimizer that loads it."""
+    _, source = train("float32", BACKENDS[-1], 20, n=64)
+    _, target = train("compact", BACKENDS[-1], 2, n=64)
+    content = copy.deepcopy(source.state_dict())
+    content["param_groups"][0]["ms_steps"] = compact.MS_STEPS
+    target.load_state_dict(content)
+    (found,), (expected,) = target.state.values(), source.state.values()
+    for name, value in compact.encode(expected, compact.limit(META)).items():
+        assert torch.equal(found[name], value)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("loaded", FORMATS)
 @pytest.mark.parametrize("saved", FORMATS)
-def test_a_distributed_checkpoint_is_read_into_tensors_of_either_format(tmp_path, saved, loaded):
-    """It is copied into the tensors that are there, which changes their dtype and not the numbers."""
-
-    def model_and_optimizer(state_format, steps):
-        model = torch.nn.Linear(5, 3)
-        optimizer = HRNN(model.parameters(), meta=META, state_format=state_format)
-        for step in range(steps):
-            optimizer.zero_grad()
-            model(torch.sin(torch.arange(40.0) * (step + 1)).reshape(8, 5)).square().sum().backward()
-            optimizer.step()
-        return model, optimizer
-
+def test_a_distributed_checkpoint_is_not_read_into_tensors_of_the_other_format(tmp_path, saved, loaded):
+    """It is copied into the tensors that are there, which changes their dtype: codes would be taken for numbers."""
     model, source = model_and_optimizer(saved, 5)
     distributed_checkpoint.save(get_optimizer_state_dict(model, source), checkpoint_id=tmp_path)
     model, target = model_and_optimizer(loaded, 0)
     content = get_optimizer_state_dict(model, target)
-    distributed_checkpoint.load(content, checkpoint_id=tmp_path)
     if (saved, loaded) == ("float32", "compact"):
+        with pytest.raises(distributed_checkpoint.CheckpointException, match="ms_steps"):
+            distributed_checkpoint.load(content, checkpoint_id=tmp_path)
+        return
+    distributed_checkpoint.load(content, checkpoint_id=tmp_path)
+    if (saved, loaded) == ("compact", "float32"):
         before = copy.deepcopy(target.state_dict())
-        with pytest.raises(ValueError, match="saved in float32 and has been read into .* read it for .*'float32', and"):
+        with pytest.raises(ValueError, match="saved in the format compact and .* of the format float32: read it for "):
             set_optimizer_state_dict(model, target, content)
         assert str(target.state_dict()) == str(before)
         return
     set_optimizer_state_dict(model, target, content)
     for own, state in zip(target.state.values(), source.state.values(), strict=True):
-        expected = convert(state, META, loaded, saved=FORMATS[saved])
         for row in rows(META.config):
             assert own[row.name].dtype == row.dtype(loaded)
-            assert torch.equal(own[row.name], expected[row.name])
+            assert torch.equal(own[row.name], state[row.name])
+
+
+@pytest.mark.parametrize(("saved", "read"), [("float32", "compact"), ("compact", "float32")])
+def test_numbers_of_a_format_in_tensors_of_the_other_are_refused_and_nothing_is_changed(saved, read):
+    _, source = model_and_optimizer(saved, 5)
+    _, target = model_and_optimizer(read, 2)
+    before, content = copy.deepcopy(target.state_dict()), copy.deepcopy(source.state_dict())
+    content["param_groups"][0].pop("ms_steps", None)
+    for state in content["state"].values():
+        for row in rows(META.config):
+            state[row.name] = state[row.name].to(row.dtype(read))
+    with pytest.raises(ValueError, match=f"saved in the format {saved} and .* of the format {read}: read it for "):
+        target.load_state_dict(content)
+    assert str(target.state_dict()) == str(before)
+
+
+def model_and_optimizer(state_format: str, steps: int) -> tuple[torch.nn.Module, HRNN]:
+    model = torch.nn.Linear(5, 3)
+    optimizer = HRNN(model.parameters(), meta=META, state_format=state_format)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.sin(torch.arange(40.0) * (step + 1)).reshape(8, 5)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -289,9 +318,7 @@ def test_unknown_format_and_a_backend_without_it_are_refused(monkeypatch):
 def test_initial_state_is_the_same_in_both_formats():
     param = torch.zeros(6)
     exact = init_state(param, META, math.log(1e-3))
-    small = convert(
-        init_state(param, META, math.log(1e-3), state_format="compact"), META, "float32", saved=FORMATS["compact"]
-    )
+    small = convert(init_state(param, META, math.log(1e-3), state_format="compact"), META, "float32")
     torch.testing.assert_close(small["hidden"], exact["hidden"], rtol=0, atol=0.5 / 32767 * 1.001)
     assert torch.equal(small["ms"], exact["ms"])
     assert torch.equal(small["accum"], exact["accum"])

@@ -160,7 +160,7 @@ def _carried_out(
         finally:
             torch.set_num_threads(threads)
         return
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with concurrent.futures.ProcessPoolExecutor(min(jobs, len(groups)), context, _prepare) as pool:
         futures = {pool.submit(_train, group, weights): group for group in groups}
         try:
@@ -175,8 +175,8 @@ def _carried_out(
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():  # or they would go on with what they are at
-                worker.terminate()
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()  # or it would go on with what it is at
             raise
 
 

@@ -126,9 +126,11 @@ def load_recipe(name: str) -> Recipe:
         recipe = _attribute(name)
         if not isinstance(recipe, Recipe):
             raise TypeError("not a lopt.meta.recipe.Recipe")
-        for task in {id(task): task for stage in recipe.stages for mix in stage.mixes() for task in mix}.values():
-            if not type(task).__module__.startswith("lopt."):
-                _check_task(task)
+        mixes = [mix for stage in recipe.stages for mix in stage.mixes()]
+        if not mixes or not all(mixes):
+            raise ValueError("mixes must return lists of at least one task each")
+        for task in {id(task): task for mix in mixes for task in mix}.values():
+            _check_task(task)
     return recipe
 
 

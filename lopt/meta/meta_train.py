@@ -144,10 +144,10 @@ class MetaTraining:
     ) -> None:
         self.recipe, self.device, self.extra, self.group = recipe, torch.device(device), list(extra), group
         for stage in recipe.stages:
-            if stage.rows % (group.size * ESTIMATORS[stage.estimator](stage).repeat):
+            if stage.rows % (least := group.size * ESTIMATORS[stage.estimator](stage).repeat):
                 raise TrainError(
                     f"{stage.rows} rows of stage {stage.name!r} ({stage.estimator}) cannot be shared out equally to "
-                    f"{group.size} processes: choose another --nproc-per-node"
+                    f"{group.size} processes: choose another --nproc-per-node, or a multiple of {least} rows"
                 )
             try:
                 chosen(recipe.config, stage.only)

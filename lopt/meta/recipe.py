@@ -127,12 +127,23 @@ class Recipe:
         stages: one after the other, each from the meta-parameters the last one left.
         minutes: how long it takes on one core, about.
         validate_every: meta-steps between validations.
+
+    Raises:
+        ValueError: an argument is not what it should be.
     """
 
     config: HRNNConfig
     stages: tuple[Stage, ...]
     minutes: float
     validate_every: int = 200
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages=() must be at least one")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes!r} must be positive")
+        if self.validate_every < 1:
+            raise ValueError(f"validate_every={self.validate_every!r} must be at least 1")
 
     @property
     def text(self) -> str:

@@ -61,8 +61,9 @@ def alone(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        _locks.discard(descriptor)
-        os.close(descriptor)
+        if descriptor in _locks:  # a process that was forked has closed it
+            _locks.discard(descriptor)
+            os.close(descriptor)
 
 
 def _let_go() -> None:

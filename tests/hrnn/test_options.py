@@ -351,6 +351,11 @@ def test_the_weights_own_bound_gives_way_to_a_smaller_init_lr_and_to_that_alone(
     low.param_groups[0]["init_lr"] = 1e-6
     low.step()
     assert bound(low) == bound(copy.deepcopy(low)) == math.log(1e-6)
+    low.param_groups[0]["init_lr"] = 0.0
+    with pytest.raises(ValueError, match="Invalid init_lr: 0"):
+        low.step()
+    low.param_groups.clear()
+    low.step()
 
 
 def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(place):

@@ -257,6 +257,9 @@ def test_groups_and_empty_states_of_other_meta_parameters_are_no_obstacle(place)
     target = HRNN(source.param_groups, meta="hrnn-10", backend=place.backend)
     assert target.param_groups[0]["meta_digest"] == MetaParams.resolve("hrnn-10").digest
     target.load_state_dict(source.state_dict())  # before the first step
+    train(target, 1)
+    again = place.hrnn(place.params(), meta="hrnn-10")
+    again.load_state_dict(target.state_dict())
 
 
 def test_a_state_loads_whatever_file_and_bound_its_meta_parameters_have(place, tmp_path):

@@ -365,20 +365,6 @@ def test_a_broken_task_is_refused_by_what_is_wrong_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-RECIPE = """
-import dataclasses
-from lopt.meta.recipe import DEFAULT, Draw, Recipe, Stage
-from my_valley import Valley
-SHORT = Stage("short", 2, lambda: [[Valley(), Valley()]], "pes", rows=4, unroll=Draw(3), episode=Draw(6), lr=1e-3,
-              objective=lambda losses, start: (losses / start).mean(0))
-MINE = Recipe(DEFAULT.config, (SHORT,), minutes=1, validate_every=2)
-class Wrong:
-    pass
-BAD_TASK = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, mixes=lambda: [[Wrong()]]),))
-STAGE = SHORT
-"""
-
-
 def test_a_run_is_not_resumed_with_a_task_of_other_shapes(tmp_path):
     def training(*shapes):
         return MetaTraining(tiny(), 0, extra=[networks.Linear(*shape) for shape in shapes])
@@ -387,6 +373,27 @@ def test_a_run_is_not_resumed_with_a_task_of_other_shapes(tmp_path):
     training((4, 3)).load_state_dict(saved)
     with pytest.raises(TrainError, match=r"began with the tasks .*\(4, 3\).*, and their modules have .*\(5, 3\)"):
         training((5, 3)).load_state_dict(saved)
+
+
+RECIPE = """
+import dataclasses
+from lopt.meta.recipe import DEFAULT, Draw, Recipe, Stage
+from lopt.meta.tasks import Noisy
+from my_valley import Valley
+SHORT = Stage("short", 2, lambda: [[Valley(), Valley()]], "pes", rows=4, unroll=Draw(3), episode=Draw(6), lr=1e-3,
+              objective=lambda losses, start: (losses / start).mean(0))
+MINE = Recipe(DEFAULT.config, (SHORT,), minutes=1, validate_every=2)
+class Wrong:
+    pass
+BAD_TASK = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, mixes=lambda: [[Wrong()]]),))
+class Negative(Valley):
+    def loss(self, params, data):
+        return super().loss(params, data) - 1e6
+WRAPPED = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, mixes=lambda: [[Noisy(Negative(), 0.1)]]),))
+EMPTY = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, mixes=lambda: [[]]),))
+ODD = dataclasses.replace(MINE, stages=(dataclasses.replace(SHORT, rows=3),))
+STAGE = SHORT
+"""
 
 
 def test_command_trains_by_a_users_recipe_and_resumes_it(tmp_path, monkeypatch, capsys):
@@ -411,9 +418,13 @@ def test_command_trains_by_a_users_recipe_and_resumes_it(tmp_path, monkeypatch, 
         "my_recipes:YOURS": "has no attribute 'YOURS'",
         "my_recipes:STAGE": "not a lopt.meta.recipe.Recipe",
         "my_recipes:BAD_TASK": "Wrong is not a lopt.meta.tasks.Task",
+        "my_recipes:WRAPPED": "loss must be positive",
+        "my_recipes:EMPTY": "mixes must return lists of at least one task each",
     }.items():
         assert cli.main(["meta-train", "--recipe", name, "--out", "other"]) == 2
         assert f"--recipe {name}: " in (error := capsys.readouterr().err) and message in error
+    assert cli.main(["meta-train", "--recipe", "my_recipes:ODD", "--out", "other"]) == 2
+    assert "3 rows of stage 'short' (pes) cannot" in (error := capsys.readouterr().err) and "multiple of 2" in error
     assert not (tmp_path / "other").exists()
     (tmp_path / "my_recipes.py").write_text(RECIPE.replace("lr=1e-3", "lr=2e-3"))
     monkeypatch.delitem(sys.modules, "my_recipes")
@@ -436,6 +447,12 @@ def test_command_trains_by_a_users_recipe_and_resumes_it(tmp_path, monkeypatch, 
 def test_a_stage_says_what_is_wrong_with_it(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(recipes.REFINE_STAGE, **change)
+
+
+@pytest.mark.parametrize("change", [{"stages": ()}, {"minutes": 0}, {"validate_every": 0}])
+def test_a_recipe_says_what_is_wrong_with_it(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* must be"):
+        dataclasses.replace(recipes.DEFAULT, **change)
 
 
 @pytest.mark.parametrize("name", [":Valley", "my_valley", "my_valley:", ".relative:Valley"])

@@ -99,7 +99,8 @@ class Task:
         return [random.normal(count, *shape) for shape in self.shapes]
 
     def minibatch(self, data: Data, count: int, random: Random) -> Data:
-        """What one step's loss is taken on; may change `data` in place, as a reshuffled order. Default: everything."""
+        """What one step's loss is taken on, in the structure of `data`, which it may change in place, as a reshuffled
+        order. Default: everything."""
         return data
 
     def loss(self, params: Params, data: Data) -> Tensor:
