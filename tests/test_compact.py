@@ -229,7 +229,7 @@ def test_float32_state_is_told_by_its_dtype_whatever_its_group_says():
         assert torch.equal(found[name], value)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is ", "ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("loaded", FORMATS)
 @pytest.mark.parametrize("saved", FORMATS)
 def test_a_distributed_checkpoint_is_not_read_into_tensors_of_the_other_format(tmp_path, saved, loaded):
