@@ -33,6 +33,7 @@ MODELS = {
 }
 TIMM_MODELS = ("vit_base_patch16_224",)
 TOY = "100 tensors"  # 50 layers of 32 units: time that does not grow with the parameters
+CASES = (*SIZES, TOY, *MODELS, *TIMM_MODELS)
 
 # Bytes that have to move per parameter and step, for the bandwidth column. HRNN: advance reads the gradient (4), reads
 # and writes hidden, accum, ms and log_lr (2 * 76), writes the update (4); apply reads it and the parameter and writes
@@ -69,7 +70,7 @@ def shapes_of(case: str) -> list[torch.Size]:
         elif case in TIMM_MODELS:
             model = importlib.import_module("timm").create_model(case)
         else:
-            raise ValueError(f"no benchmark case {case!r}; there are {', '.join([*SIZES, TOY, *MODELS, *TIMM_MODELS])}")
+            raise ValueError(f"no benchmark case {case!r}; there are {', '.join(CASES)}")
     return [param.shape for param in model.parameters()]
 
 
@@ -288,9 +289,8 @@ def plot(path: Path, out: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lopt bench step`."""
-    names = [*SIZES, TOY, *MODELS, *TIMM_MODELS]
     parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}; default: sizes and models but timm's"
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: sizes and models but timm's"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(

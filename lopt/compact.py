@@ -59,3 +59,28 @@ def decode(
         "accum": state["accum"].to(dtype) * torch.exp2(code * (0.5 / ms_steps)),
         "ms": torch.where(state["ms"] != MS_ZERO, torch.exp2(code * (1 / ms_steps)), 0.0),
     }
+
+
+def saved_codes(state: Mapping[str, Tensor], limit: float, said: int | None) -> int | None:
+    """Codes per octave of the mean squares in saved state of a parameter tensor, None for float32.
+
+    Args:
+        state: `hidden` and `ms`, or a part of them. limit: see `limit`.
+        said: what the file says, None: nothing.
+
+    Raises:
+        ValueError: the numbers are of one format and their dtype is of the other's, since
+            `torch.distributed.checkpoint` copies into the tensors that are there.
+    """
+    hidden, ms = state["hidden"], state["ms"]
+    is_compact = hidden.dtype == torch.int16
+    if hidden.numel() > 0:
+        # No hidden state is beyond the limit, but for rounding, and no mean square below zero; of codes, some are.
+        codes = bool(hidden.abs().amax() > 2 * limit) or bool(ms.amin() < 0)
+        if codes != is_compact:
+            found, wanted = ("compact", "float32") if codes else ("float32", "compact")
+            raise ValueError(
+                f"the state to load was saved in the format {found} and has been read into tensors of the format "
+                f"{wanted}: read it for an optimizer with state_format={found!r}, and load that one's state_dict()"
+            )
+    return (said or MS_STEPS_UNSAID) if is_compact else None

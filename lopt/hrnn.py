@@ -48,7 +48,6 @@ from lopt.state import (
     like_parameter,
     rows,
     sampled,
-    saved_codes,
     strides,
 )
 
@@ -349,8 +348,7 @@ class HRNN(Optimizer):
                     f"the groups to load have {found} and nothing of HRNN's: they were saved by another optimizer, "
                     f"with other learning rates. Load the model alone"
                 )
-            for group in state_dict["param_groups"]:
-                check_group({**self.defaults, **group, "lr": 1.0})  # schedules end at just below 0 at times
+            self._check_options(state_dict["param_groups"])
             keys = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             rest = dict(state_dict["state"])
@@ -381,7 +379,7 @@ class HRNN(Optimizer):
         without = False
         for param, state, group in entries:
             part = {name: distributed.local(state[name]) for name in ("hidden", "ms")}
-            codes = saved_codes(part, compact.limit(self.meta), group.get("ms_steps"))
+            codes = compact.saved_codes(part, compact.limit(self.meta), group.get("ms_steps"))
             state = convert(state, self.meta, self.state_format, ms_steps=codes)
             if "true_param" in state and ATTENDED not in state and not group.get("train_mode", True):
                 state[ATTENDED], without = state["true_param"], True
@@ -396,6 +394,11 @@ class HRNN(Optimizer):
                 stacklevel=2,
             )
         return converted
+
+    def _check_options(self, groups: Sequence[Group]) -> None:
+        """Raise ValueError if an option of a group is out of range; lr is left out, as schedules end just below 0."""
+        for group in groups:
+            check_group({**self.defaults, **group, "lr": 1.0})
 
     def _check_digest(self, groups: Sequence[Group]) -> None:
         """Raise ValueError if groups to load are of other meta-parameters; warn of groups that do not say."""
@@ -497,8 +500,7 @@ class HRNN(Optimizer):
                 "at which gradients are wanted. Call optimizer.train() before the training step"
             )
         if not torch.compiler.is_compiling() and self._lowest_init_lr() != self._lowest:  # changed in a group, or gone
-            for group in self.param_groups:
-                check_group({**self.defaults, **group, "lr": 1.0})
+            self._check_options(self.param_groups)
             self._bound()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by GradScaler
         tensors: list[Tensor] = []

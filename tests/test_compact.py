@@ -92,6 +92,17 @@ def train(state_format: str, backend: str, steps: int, *, meta=META, n=2048, dty
     return torch.stack(updates), optimizer
 
 
+def trained_linear(state_format: str, steps: int) -> tuple[torch.nn.Module, HRNN]:
+    """A small model after some steps, and its optimizer."""
+    model = torch.nn.Linear(5, 3)
+    optimizer = HRNN(model.parameters(), meta=META, state_format=state_format)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.sin(torch.arange(40.0) * (step + 1)).reshape(8, 5)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
 @pytest.mark.parametrize("meta", [META, None], ids=["untrained", "shipped"])
 @pytest.mark.parametrize(("backend", "steps"), [(name, {"reference": 200, "cpu": 1000}[name]) for name in BACKENDS])
 def test_updates_stay_within_two_thousandths_of_those_with_float32_state(backend, steps, meta):
@@ -234,9 +245,9 @@ def test_float32_state_is_told_by_its_dtype_whatever_its_group_says():
 @pytest.mark.parametrize("saved", FORMATS)
 def test_a_distributed_checkpoint_is_not_read_into_tensors_of_the_other_format(tmp_path, saved, loaded):
     """It is copied into the tensors that are there, which changes their dtype: codes would be taken for numbers."""
-    model, source = model_and_optimizer(saved, 5)
+    model, source = trained_linear(saved, 5)
     distributed_checkpoint.save(get_optimizer_state_dict(model, source), checkpoint_id=tmp_path)
-    model, target = model_and_optimizer(loaded, 0)
+    model, target = trained_linear(loaded, 0)
     content = get_optimizer_state_dict(model, target)
     if (saved, loaded) == ("float32", "compact"):
         with pytest.raises(distributed_checkpoint.CheckpointException, match="ms_steps"):
@@ -258,8 +269,8 @@ def test_a_distributed_checkpoint_is_not_read_into_tensors_of_the_other_format(t
 
 @pytest.mark.parametrize(("saved", "read"), [("float32", "compact"), ("compact", "float32")])
 def test_numbers_of_a_format_in_tensors_of_the_other_are_refused_and_nothing_is_changed(saved, read):
-    _, source = model_and_optimizer(saved, 5)
-    _, target = model_and_optimizer(read, 2)
+    _, source = trained_linear(saved, 5)
+    _, target = trained_linear(read, 2)
     before, content = copy.deepcopy(target.state_dict()), copy.deepcopy(source.state_dict())
     content["param_groups"][0].pop("ms_steps", None)
     for state in content["state"].values():
@@ -268,16 +279,6 @@ def test_numbers_of_a_format_in_tensors_of_the_other_are_refused_and_nothing_is_
     with pytest.raises(ValueError, match=f"saved in the format {saved} and .* of the format {read}: read it for "):
         target.load_state_dict(content)
     assert str(target.state_dict()) == str(before)
-
-
-def model_and_optimizer(state_format: str, steps: int) -> tuple[torch.nn.Module, HRNN]:
-    model = torch.nn.Linear(5, 3)
-    optimizer = HRNN(model.parameters(), meta=META, state_format=state_format)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(torch.sin(torch.arange(40.0) * (step + 1)).reshape(8, 5)).square().sum().backward()
-        optimizer.step()
-    return model, optimizer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     runs = suites.runs(suite, list(labels.values()), args.seeds, list(architectures.values()))
     if args.only and (line := OPTIMIZERS[args.only]).missing:
         raise ImportError(f"--only {args.only}: install {line.package}")
-    if args.only not in {None} | (trained := {run.setting.optimizer for run in runs}):
+    trained = {run.setting.optimizer for run in runs}
+    if args.only and args.only not in trained:
         raise ValueError(f"--only {args.only}: the suite {args.suite} has {', '.join(sorted(trained))}")
     folder = args.out or Path("runs") / f"evaluate-{args.suite}{'-quick' if args.quick else ''}"
     folder.mkdir(parents=True, exist_ok=True)
