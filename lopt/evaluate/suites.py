@@ -22,8 +22,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of
     "init_lr": tuple({"init_lr": rate} for rate in INIT_LRS),
     "loss_scale": tuple({"loss_scale": scale} for scale in LOSS_SCALES),
     "weight decay 0.1": ({"weight_decay": 0.1},),
-    "cosine schedule": ({"schedule": "cosine"},),
-    "cooldown schedule": ({"schedule": "cooldown"},),
+    "cosine schedule": ({"schedule": "cosine", "annealed": True},),
+    "cooldown schedule": ({"schedule": "cooldown", "annealed": True},),
 }
 
 
