@@ -130,9 +130,9 @@ class HRNN(Optimizer):
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
             the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.15 of a tensor's
             largest distance from its start over sqrt(1 + step).
-        annealed: say True where a schedule takes lr to 0 in the end, linearly, as a cosine or by a cooldown. The bound
-            by distance is then twice as high, for what larger steps leave of the noise in gradients goes as lr falls.
-            With a constant lr it stays.
+        annealed: say True where a schedule takes lr to 0 in the end, by a cooldown, linearly or as a cosine: the bound
+            by distance is then 5/3 as high, 0.25 for the shipped weights. What larger steps leave of the gradients'
+            noise goes as lr falls; with a constant lr it stays.
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either, but for

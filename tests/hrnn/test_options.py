@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from lopt import HRNN, HRNNConfig, MetaParams
 from lopt.backends import reference
 from lopt.distributed import real
-from lopt.options import INIT_LR
+from lopt.options import ANNEALED, INIT_LR
 from lopt.state import FACTOR, SAMPLES, rows, sampled
 
 from .common import FREE, METAS, assert_same, content, give_gradients, train, values
@@ -428,9 +428,9 @@ def test_a_bound_by_distance_gives_way_to_min_lr_and_not_to_a_small_init_lr(plac
         place.hrnn(params, meta=meta).load_state_dict(held.state_dict())
 
 
-def test_annealed_doubles_the_bound_by_distance_and_leaves_the_rest(place):
+def test_annealed_raises_the_bound_by_distance_and_leaves_the_rest(place):
     config = HRNNConfig(log_lr_min_steps=1.0, log_lr_min_distance=4.0)  # high enough to bind from the second step on
-    twice = dataclasses.replace(config, log_lr_min_distance=8.0)
+    higher = dataclasses.replace(config, log_lr_min_distance=ANNEALED * 4.0)
     untrained = MetaParams.init(config, seed=1)
 
     def trained(meta: MetaParams, **options: bool) -> HRNN:
@@ -445,9 +445,9 @@ def test_annealed_doubles_the_bound_by_distance_and_leaves_the_rest(place):
     plain, annealed, expected = (
         trained(untrained),
         trained(untrained, annealed=True),
-        trained(MetaParams(twice, untrained)),
+        trained(MetaParams(higher, untrained)),
     )
-    assert (plain.config, annealed.config) == (config, twice)
+    assert (plain.config, annealed.config) == (config, higher)
     groups = zip(*(each.param_groups[0]["params"] for each in (plain, annealed, expected)), strict=True)
     for before, param, same in groups:
         assert torch.equal(param, same) and not torch.equal(param, before)
