@@ -18,17 +18,12 @@ from lopt.options import BASE_DEPTH, BASE_FAN_IN, INIT_LR
 INIT_LRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LOSS_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 
-SCHEDULED: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of HRNN's setting
-    "cosine schedule": ({"schedule": "cosine"},),
-    "cosine schedule, annealed": ({"schedule": "cosine", "annealed": True},),
-    "cooldown schedule": ({"schedule": "cooldown"},),
-    "cooldown schedule, annealed": ({"schedule": "cooldown", "annealed": True},),
-}
-VARIANTS = {
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of HRNN's setting
     "init_lr": tuple({"init_lr": rate} for rate in INIT_LRS),
     "loss_scale": tuple({"loss_scale": scale} for scale in LOSS_SCALES),
     "weight decay 0.1": ({"weight_decay": 0.1},),
-    **SCHEDULED,
+    "cosine schedule": ({"schedule": "cosine"},),
+    "cooldown schedule": ({"schedule": "cooldown"},),
 }
 
 
@@ -130,7 +125,7 @@ SUITES = {
                 tuple(large.TASKS),
                 500,
                 ("adam", "adamw-cosine", "prodigy", "schedule-free"),
-                variants=tuple(SCHEDULED),
+                variants=("cosine schedule", "cooldown schedule"),
             ),
         ),
     ),
@@ -149,7 +144,7 @@ SUITES = {
                 ("softmax", "mlp-relu", "deep-relu", "label-noise", "autoencoder", "diabetes-mlp"),
                 steps,
                 ("adam", "adamw-cosine"),
-                variants=tuple(SCHEDULED),
+                variants=("cosine schedule", "cooldown schedule"),
             )
             for steps in (5_000, 20_000)
         ),

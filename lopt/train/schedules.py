@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-COOLDOWN = 0.3  # of the steps
-
-
-def linear(done: float) -> float:
-    """From 1 to 0."""
-    return max(0.0, 1 - done)
+COOLDOWN = 0.2  # of the steps
 
 
 def cosine(done: float) -> float:
@@ -25,7 +20,6 @@ def cooldown(done: float) -> float:
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
-    "linear": linear,
     "cosine": cosine,
     "cooldown": cooldown,
 }
