@@ -98,8 +98,8 @@ def kernels() -> dict[str, Kernel]:
         "WIDTH": 32,
     }
     meta, row = triton_flat._kernels(), Tile(0, 1, None)
-    bounds = (config.log_lr_max, config.ms_eps, config.rms_eps)
-    both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *bounds, 0))
+    epsilons = (config.ms_eps, config.rms_eps)
+    both = triton_flat.options(Call((), 0, (), config.gradient_products, config.attention, *epsilons, 0))
     part, whole = triton_flat.PART, triton_flat.BACKWARD.block
     return {
         "prepare": Kernel(
@@ -111,6 +111,8 @@ def kernels() -> dict[str, Kernel]:
                 "DAMPED": config.damping > 0,
                 "LOG_LR_MIN_STEPS": config.log_lr_min_steps,
                 "LOG_LR_MIN_DISTANCE": config.log_lr_min_distance,
+                "LOG_LR_MIN_DISTANCE_LIMIT": config.log_lr_min_distance_limit,
+                "LOG_LR_MAX_RATIO": config.log_lr_max_ratio,
                 "COMPACT": False,
                 "KIND": 0,
             },

@@ -149,7 +149,9 @@ static lopt::Meta pack(py::dict config, py::dict addresses) {
   c.log_lr_min = config["log_lr_min"].cast<float>();
   c.log_lr_min_steps = config["log_lr_min_steps"].cast<float>();
   c.log_lr_min_distance = config["log_lr_min_distance"].cast<float>();
+  c.log_lr_min_distance_limit = config["log_lr_min_distance_limit"].cast<float>();
   c.log_lr_max = config["log_lr_max"].cast<float>();
+  c.log_lr_max_ratio = config["log_lr_max_ratio"].cast<float>();
   c.ms_eps = config["ms_eps"].cast<float>();
   c.rms_eps = config["rms_eps"].cast<float>();
   c.damping = config["damping"].cast<float>();
@@ -221,10 +223,10 @@ static lopt::MetaStep meta_step(py::dict common, List old) {
   const auto real = [&](const char* name) { return common[name].cast<double>(); };
   return {integer("rows"), integer("n"), integer("tensors"), pointer<const int32_t>(integer("owner")),
           pointer<const int64_t>(integer("begins")), common["products"].cast<bool>(), common["attention"].cast<bool>(),
-          real("log_lr_max"), real("ms_eps"), real("rms_eps"), integer("weight_stride"),
+          real("ms_eps"), real("rms_eps"), integer("weight_stride"),
           pointer<const void>(integer("weights")), pointer<const void>(integer("injected")),
           pointer<const void>(integer("relative_to")), pointer<const void>(integer("lowest")),
-          pointer<const void>(integer("grad")), meta_state(old),
+          pointer<const void>(integer("highest")), pointer<const void>(integer("grad")), meta_state(old),
           int(integer("threads"))};
 }
 
@@ -255,8 +257,8 @@ static py::dict gpu_layout() {
 #define LOPT_FIELD(name) weights[#name] = offsetof(W, name) / sizeof(float);
   LOPT_FIELD(gru) LOPT_FIELD(direction) LOPT_FIELD(direction_shortcut) LOPT_FIELD(attention) LOPT_FIELD(attention_shortcut)
   LOPT_FIELD(decay) LOPT_FIELD(decay_bias) LOPT_FIELD(log_lr) LOPT_FIELD(log_lr_bias) LOPT_FIELD(momentum)
-  LOPT_FIELD(log_lr_min) LOPT_FIELD(log_lr_min_steps) LOPT_FIELD(log_lr_min_distance) LOPT_FIELD(log_lr_max)
-  LOPT_FIELD(log2_step_offset)
+  LOPT_FIELD(log_lr_min) LOPT_FIELD(log_lr_min_steps) LOPT_FIELD(log_lr_min_distance)
+  LOPT_FIELD(log_lr_min_distance_limit) LOPT_FIELD(log_lr_max) LOPT_FIELD(log_lr_max_ratio) LOPT_FIELD(log2_step_offset)
   LOPT_FIELD(attention_factor) LOPT_FIELD(ms_eps) LOPT_FIELD(rms_eps) LOPT_FIELD(moves_unseen)
 #undef LOPT_FIELD
   py::dict layout;

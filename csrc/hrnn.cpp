@@ -97,7 +97,9 @@ Meta pack(const Config& config, Find find, const void* context) {
   w.log_lr_min = config.log_lr_min;
   w.log_lr_min_steps = config.log_lr_min_steps;
   w.log_lr_min_distance = config.log_lr_min_distance;
+  w.log_lr_min_distance_limit = config.log_lr_min_distance_limit;
   w.log_lr_max = config.log_lr_max;
+  w.log_lr_max_ratio = config.log_lr_max_ratio;
   w.log2_step_offset = scalar("log_step.offset") * kLog2E;
   w.attention_factor = std::exp(-scalar("log_step.offset"));
   w.ms_eps = config.ms_eps;

@@ -18,7 +18,8 @@ struct Config {
   bool attention, shortcut, products;
   bool relative_to_problem;  // the log lr is taken relative to the mean over all tensors, otherwise over its own
   bool global_last;          // the global GRU reads the last tensor's state instead of the mean over the tensors
-  float log_lr_min, log_lr_min_steps, log_lr_min_distance, log_lr_max, ms_eps, rms_eps;
+  float log_lr_min, log_lr_min_steps, log_lr_min_distance, log_lr_min_distance_limit;
+  float log_lr_max, log_lr_max_ratio, ms_eps, rms_eps;
   float damping, damping_decay;  // the former 0 without
   float fixed_grad_decay, fixed_scale_decay;  // where they are not read out of the hidden state
 

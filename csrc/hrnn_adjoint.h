@@ -33,13 +33,13 @@ constexpr int kReadOuts = 3 * kHidden + 2 * kTimescales + 3;  // numbers in Plai
 template <class Number>
 struct Shared {
   Number bias[kGates];  // bias plus what higher levels add
-  Number relative_to, lowest;  // of the log lr
+  Number relative_to, lowest, highest;  // of the log lr
   Number keep_ms[kTimescales];  // 0: the mean squares have no past
 };
 
 template <class Real>
 struct Options {
-  Real products, log_lr_max, ms_eps, rms_eps;  // products: 1, or 0 without
+  Real products, ms_eps, rms_eps;  // products: 1, or 0 without
   bool attention;
 };
 
@@ -151,7 +151,7 @@ struct Adjoint {
       log_step = M::fma(new_hidden[i], Number(w.log_lr[i]), log_step);
     }
     LOPT_LOOP for (int s = 0; s < kTimescales; s++) direction = M::fma(slab.input[s], Number(w.shortcut[s]), direction);
-    log_step = M::min(M::max(log_step, shared.lowest), Number(o.log_lr_max));
+    log_step = M::min(M::max(log_step, shared.lowest), shared.highest);
     now.log_lr = M::fma(Number(w.momentum), old.log_lr - log_step, log_step);
     rate = M::exp2(log_step * Number(kLog2E));
     update = rate * step_factor * direction;

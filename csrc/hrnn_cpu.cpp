@@ -318,6 +318,7 @@ Injected<float> inject(const Meta& meta, bool compact, const AdvanceTensor& tens
   injected.relative_to = meta.config.relative_to_problem ? problem_mean : *tensor.log_lr_mean;
   injected.rising_momentum = rising_momentum(meta.weights.momentum, tensor.damping ? tensor.damping[kFactor] : 1);
   injected.lowest = lowest_log_lr(meta.weights, *tensor.step, tensor.distance);
+  injected.highest = highest_log_lr(meta.weights, injected.lowest, *tensor.log_lr_mean);
   injected.started = has_started(*tensor.step, tensor.damping);
   injected.keeps_all = true;
   for (int s = 0; s < kTimescales; s++) {

@@ -301,10 +301,11 @@ LOPT_HD void share(const B& block, const gpu::Advance& args, PrepareShared& shar
     if (thread != 0) return;
     injected.keeps_all = keeps_all;
     injected.started = started;
+    const float mean = *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
     injected.lowest = lowest_log_lr(weights, step, row.address<const float>(AdvanceColumn::DISTANCE));
+    injected.highest = highest_log_lr(weights, injected.lowest, mean);
     injected.rising_momentum = rising_momentum(weights.momentum, factor);
-    injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0]
-                                                    : *row.address<const float>(AdvanceColumn::LOG_LR_MEAN);
+    injected.relative_to = args.relative_to_problem ? shared.weighted[0] / shared.numel[0] : mean;
   });
 }
 

@@ -90,7 +90,7 @@ struct Driver {
 
   explicit Driver(const MetaStep& step)
       : step(step),
-        options{Real(step.products), Real(step.log_lr_max), Real(step.ms_eps), Real(step.rms_eps), step.attention},
+        options{Real(step.products), Real(step.ms_eps), Real(step.rms_eps), step.attention},
         columns(kHidden + kInputs - (step.products ? 0 : kTimescales - 1) + 2 + step.attention),
         groups((step.n + lanes - 1) / lanes),
         total(groups * step.rows),
@@ -167,6 +167,7 @@ struct Driver {
     spread(step.injected, kGates, g, shared.bias);
     spread(step.relative_to, 1, g, &shared.relative_to);
     spread(step.lowest, 1, g, &shared.lowest);
+    spread(step.highest, 1, g, &shared.highest);
     spread(keep.data(), kTimescales, g, shared.keep_ms);
   }
 

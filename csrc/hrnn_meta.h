@@ -16,10 +16,10 @@ struct MetaStep {
   const int32_t* owner;   // [n] which tensor a parameter belongs to
   const int64_t* begins;  // [T + 1]
   bool products, attention;
-  double log_lr_max, ms_eps, rms_eps;
+  double ms_eps, rms_eps;
   int64_t weight_stride;  // between rows' weights, 0: all rows share them
   const void* weights;    // PlainWeights
-  const void *injected, *relative_to, *lowest;  // [R][T][30], [R][T], [R][T]
+  const void *injected, *relative_to, *lowest, *highest;  // [R][T][30], then [R][T]
   const void* grad;                    // [R][n]
   MetaState old;
   int threads;

@@ -58,7 +58,8 @@ struct Weights {
   Real decay[kHidden][2], decay_bias[2];
   Real log_lr[kHidden], log_lr_bias;
   Real momentum;             // of the smoothed log lr, after the sigmoid
-  Real log_lr_min, log_lr_min_steps, log_lr_min_distance, log_lr_max;  // see `lowest_log_lr`
+  Real log_lr_min, log_lr_min_steps, log_lr_min_distance, log_lr_min_distance_limit;  // see `lowest_log_lr`
+  Real log_lr_max, log_lr_max_ratio;  // see `highest_log_lr`
   Real log2_step_offset;     // binary logarithm of what the step is longer than the learning rate by
   Real attention_factor;     // how much longer the attention step is than the step
   Real ms_eps, rms_eps;
@@ -72,7 +73,7 @@ template <class Real>
 struct Injected {
   Real bias[3 * kGroups][kColumns];  // plus what the tensor's and the global state add
   Real relative_to;           // the mean log lr
-  Real lowest;                // bound of the log lr
+  Real lowest, highest;       // bounds of the log lr
   Real rising_momentum;       // of the smoothed log lr where it rises: more than `momentum` after gradients that were small
   Real keep_ms[kTimescales];  // 0 where the mean squares are zero throughout the tensor: no past to average with
   bool keeps_all;             // keep_ms is 1, 1, 1, 1
@@ -106,9 +107,18 @@ LOPT_HD float rising_momentum(float momentum, float factor) { return momentum + 
 LOPT_HD float lowest_log_lr(const Weights<float>& w, float step, const float* distance) {
   float lowest = w.log_lr_min;
   if (w.log_lr_min_steps > 0) lowest -= log1pf(step / w.log_lr_min_steps) / 2;
-  if (w.log_lr_min_distance > 0)
-    lowest = fmaxf(lowest, logf(w.log_lr_min_distance * distance[kLargest]) - log1pf(step) / 2);
+  if (w.log_lr_min_distance > 0) {
+    const float limit = w.log_lr_min_distance_limit;
+    const float largest = limit > 0 ? fminf(distance[kLargest], limit) : distance[kLargest];
+    lowest = fmaxf(lowest, logf(w.log_lr_min_distance * largest) - log1pf(step) / 2);
+  }
   return lowest;
+}
+
+// Upper bound of the log lr of a tensor with that lower bound and `mean` before the step.
+LOPT_HD float highest_log_lr(const Weights<float>& w, float lowest, float mean) {
+  if (!(w.log_lr_max_ratio > 0)) return w.log_lr_max;
+  return fminf(fmaxf(mean + logf(w.log_lr_max_ratio), lowest), w.log_lr_max);
 }
 
 // Moves a sampled parameter of a tensor; returns the square of how far it is.
@@ -238,7 +248,7 @@ struct Step {
       log_step = M::fma(h, w.log_lr[i], log_step);
       if constexpr (V::attention) attention = M::fma(h, w.attention[i], attention);
     }
-    log_step = M::min(M::max(log_step, tensor.lowest), w.log_lr_max);
+    log_step = M::min(M::max(log_step, tensor.lowest), tensor.highest);
     const Number fall = log_lr - log_step;
     io.put_log_lr(M::min(M::fma(w.momentum, fall, log_step), M::fma(tensor.rising_momentum, fall, log_step)));
     const Number moves = M::min(M::fma(largest, kSeen, w.moves_unseen), 1);

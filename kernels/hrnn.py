@@ -62,9 +62,10 @@ BIASES = tl.constexpr(32)
 RELATIVE_TO = tl.constexpr(32)  # mean log lr
 STARTED = tl.constexpr(33)  # 0 in the first step, whose decays are 0
 RISING_MOMENTUM = tl.constexpr(34)  # of the smoothed log lr where it rises: more after gradients that were small
-LOWEST = tl.constexpr(35)  # bound of the log lr
+LOWEST = tl.constexpr(35)  # bounds of the log lr
 KEEP = tl.constexpr(36)  # [TIMESCALES] 0 where the mean squares are zero throughout: no past to average with
-SHARED = tl.constexpr(40)
+HIGHEST = tl.constexpr(40)
+SHARED = tl.constexpr(44)
 
 # Columns of the tables, see lopt/backends/gpu.py.
 GRAD = tl.constexpr(AdvanceColumn.GRAD.value)
@@ -341,6 +342,8 @@ def prepare(
     DAMPED: tl.constexpr,
     LOG_LR_MIN_STEPS: tl.constexpr,
     LOG_LR_MIN_DISTANCE: tl.constexpr,
+    LOG_LR_MIN_DISTANCE_LIMIT: tl.constexpr,
+    LOG_LR_MAX_RATIO: tl.constexpr,
     COMPACT: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -350,7 +353,7 @@ def prepare(
     table: int64 [columns, tensors]. chunks: int32 [chunks], each one's tensor.
     shared: [tensors, SHARED], written.
     weights: [WEIGHTS]. DAMPED: log lrs rise slower after small gradients.
-    LOG_LR_MIN_STEPS, LOG_LR_MIN_DISTANCE: as in the configuration.
+    LOG_LR_MIN_STEPS to LOG_LR_MAX_RATIO: as in the configuration.
     bias: [BIASES]; from_tensor: [TENSOR_SIZE, BIASES]; from_global: [GLOBAL_SIZE, BIASES]: the injection.
     global_hidden: [GLOBAL_SIZE]. grad_scale: [] what the gradients were multiplied with.
     skip: [], becomes 1 at a gradient beyond LIMIT.
@@ -375,6 +378,8 @@ def prepare(
             DAMPED,
             LOG_LR_MIN_STEPS,
             LOG_LR_MIN_DISTANCE,
+            LOG_LR_MIN_DISTANCE_LIMIT,
+            LOG_LR_MAX_RATIO,
             COMPACT,
         )
     else:
@@ -411,6 +416,8 @@ def share(
     DAMPED: tl.constexpr,
     LOG_LR_MIN_STEPS: tl.constexpr,
     LOG_LR_MIN_DISTANCE: tl.constexpr,
+    LOG_LR_MIN_DISTANCE_LIMIT: tl.constexpr,
+    LOG_LR_MAX_RATIO: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
     """Write a tensor's row of `shared` from the tensor and global states before the step."""
@@ -456,9 +463,18 @@ def share(
     if LOG_LR_MIN_STEPS > 0:
         lowest -= 0.5 * tl.log(1.0 + step / LOG_LR_MIN_STEPS)
     if LOG_LR_MIN_DISTANCE > 0:
-        distance = LOG_LR_MIN_DISTANCE * tl.load(floats(column(table, DISTANCE_STATE, tensors, tensor)))
+        distance = tl.load(floats(column(table, DISTANCE_STATE, tensors, tensor)))
+        if LOG_LR_MIN_DISTANCE_LIMIT > 0:
+            distance = tl.minimum(distance, LOG_LR_MIN_DISTANCE_LIMIT)
+        distance = LOG_LR_MIN_DISTANCE * distance
         lowest = tl.maximum(lowest, tl.log(tl.maximum(distance, TINY)) - 0.5 * tl.log(1.0 + step))
     tl.store(row + LOWEST, lowest)
+    highest = tl.load(weights + SCALARS + 9)
+    if LOG_LR_MAX_RATIO > 0:
+        mean = tl.load(floats(column(table, LOG_LR_MEAN, tensors, tensor)))
+        above = mean + tl.log(tl.full([], LOG_LR_MAX_RATIO, tl.float32))
+        highest = tl.minimum(tl.maximum(above, lowest), highest)
+    tl.store(row + HIGHEST, highest)
     started = step > 0
     if DAMPED:  # and there was a gradient but 0
         started = started & (tl.load(floats(column(table, DAMPING_STATE, tensors, tensor))) > 0)
@@ -707,8 +723,7 @@ def advance_tile(
             if ATTENTION:
                 attention = features[s] * to_attention[s] + attention
     offset2, attention_factor, _, _ = load_four(weights, SCALARS + 4)
-    _, high, _, _ = load_four(weights, SCALARS + 8)
-    log_step = tl.minimum(tl.maximum(log_step, tl.load(shared + LOWEST)), high)
+    log_step = tl.minimum(tl.maximum(log_step, tl.load(shared + LOWEST)), tl.load(shared + HIGHEST))
     fall = log_lr - log_step
     log_lr = tl.minimum(momentum * fall + log_step, tl.load(shared + RISING_MOMENTUM) * fall + log_step)
     tl.store(tensor[5] + start + offset, log_lr, mask=mask)

@@ -66,8 +66,9 @@ SUMMANDS = tl.constexpr(25)
 RELATIVE_TO = tl.constexpr(30)  # behind the biases
 LOWEST = tl.constexpr(31)
 KEEP = tl.constexpr(32)  # [TIMESCALES] 0: the mean squares have no past
-SUMS = tl.constexpr(36)  # [28] cotangents of the sums, for `backward`
-SHARED = tl.constexpr(64)
+HIGHEST = tl.constexpr(36)  # and three of padding
+SUMS = tl.constexpr(40)  # [28] cotangents of the sums, for `backward`
+SHARED = tl.constexpr(68)
 
 # Gradients by the weights that a program stores: [32, 32] rows features 12, hidden 10, reset gate * hidden 10, columns
 # cotangents of the gates' inputs; then [16, 16] rows new hidden 10, scaled averages 4, 1, what momentum is taken of;
@@ -80,6 +81,7 @@ POINTERS = [
     "injected",
     "relative_to",
     "lowest",
+    "highest",
     "ms",
     "d_sums",
     "shared",
@@ -125,6 +127,7 @@ def share(
     injected,
     relative_to,
     lowest,
+    highest,
     ms,
     d_sums,
     shared,
@@ -136,7 +139,7 @@ def share(
 ):
     """A program per row and tensor: a row of `shared`.
 
-    begins: int64 [T + 1] where each tensor begins. injected: [R, T, 30]. relative_to, lowest: [R, T].
+    begins: int64 [T + 1] where each tensor begins. injected: [R, T, 30]. relative_to, lowest, highest: [R, T].
     ms: [R, 4, n].
     d_sums: [R, T, columns], read with BACKWARD. shared: [R, T, SHARED], written.
     """
@@ -147,6 +150,7 @@ def share(
     value = tl.load(injected + program * GATES + j, mask=j < GATES, other=0.0)
     value = tl.where(j == RELATIVE_TO, tl.load(relative_to + program), value)
     tl.store(out + j, tl.where(j == LOWEST, tl.load(lowest + program), value))
+    tl.store(out + HIGHEST, tl.load(highest + program))
     begin, end = tl.load(begins + tensor), tl.load(begins + tensor + 1)
     for s in tl.static_range(TIMESCALES):
         past = any_but(ms + (row * TIMESCALES + s) * n, begin, end, 0.0)
@@ -355,11 +359,12 @@ def new_units(hidden, update_gate, candidate):
 
 
 @inlined
-def log_step_of(new_hidden, log_lr, shared, weights, LOG_LR_MAX: tl.constexpr):
+def log_step_of(new_hidden, log_lr, shared, weights):
     """Natural log of the step length, clipped, and the new log lr."""
     log_step = log_lr + tl.load(weights + READ_OUT + SCALARS_AT) + read_out(new_hidden, weights, LOG_LR_AT)
     _, _, _, lowest = load_four(shared, LOWEST - 3)
-    log_step = tl.minimum(tl.maximum(log_step, lowest), LOG_LR_MAX)
+    highest, _, _, _ = load_four(shared, HIGHEST)
+    log_step = tl.minimum(tl.maximum(log_step, lowest), highest)
     return log_step, tl.load(weights + READ_OUT + SCALARS_AT + 1) * (log_lr - log_step) + log_step
 
 
@@ -416,7 +421,6 @@ def forward(
     per_program,
     PRODUCTS: tl.constexpr,
     ATTENTION: tl.constexpr,
-    LOG_LR_MAX: tl.constexpr,
     MS_EPS: tl.constexpr,
     RMS_EPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -445,7 +449,7 @@ def forward(
         _, update_gate, _, candidate = gates_of(inputs, h, own, of_row)
         new = new_units(h, update_gate, candidate)
         store_rows(new_hidden, row * HIDDEN, n, slot, mask, new, HIDDEN)
-        log_step, lr = log_step_of(new, lr, own, of_row, LOG_LR_MAX)
+        log_step, lr = log_step_of(new, lr, own, of_row)
         put(new_log_lr + row * n + slot, lr, mask)
         direction, rate = read_direction(new, inputs, of_row, 0), exp2(log_step * 1.4426950408889634)
         step_factor = tl.exp(tl.load(of_row + READ_OUT + SCALARS_AT + 2))
@@ -546,7 +550,6 @@ def backward(
     per_program,
     PRODUCTS: tl.constexpr,
     ATTENTION: tl.constexpr,
-    LOG_LR_MAX: tl.constexpr,
     MS_EPS: tl.constexpr,
     RMS_EPS: tl.constexpr,
     PART: tl.constexpr,
@@ -575,7 +578,7 @@ def backward(
         zero = g * 0.0
         reset, update_gate, reset_hidden, candidate = gates_of(inputs, h, own, weights)
         new = new_units(h, update_gate, candidate)
-        log_step, _ = log_step_of(new, lr, own, weights, LOG_LR_MAX)
+        log_step, _ = log_step_of(new, lr, own, weights)
         direction, rate = read_direction(new, inputs, weights, 0), exp2(log_step * 1.4426950408889634)
         step = rate * tl.exp(tl.load(weights + READ_OUT + SCALARS_AT + 2))
 

@@ -50,6 +50,11 @@ class HRNNConfig:
         log_lr_min_distance: nor is the learning rate below this share of d / sqrt(1 + t), where d is the largest
             distance that the tensor has had from where it started, root mean square over its parameters. That is a rate
             nobody has to tune: "DoG is SGD's Best Friend" (Ivgi, Hinder, Carmon 2023). 0: none, as in the paper.
+        log_lr_min_distance_limit: a larger d counts as this. Without a limit, distance and bound drive each other up
+            where no gradient holds parameters back: a vector added to the weights of all classes leaves a softmax as it
+            was, and Adam-like steps add one. 0: none, as in the paper.
+        log_lr_max_ratio: nor is a learning rate above this multiple of the geometric mean of its tensor's before the
+            step, or above the lower bound if that is higher. 0: none, as in the paper.
         ms_eps: added to the squared average inside the moving mean square.
         rms_eps: added to the mean square under the root and in its logarithm.
         damping: a tensor whose gradient's root mean square is below this share of its own moving average takes steps
@@ -85,6 +90,8 @@ class HRNNConfig:
     log_lr_max: float = 33.0
     log_lr_min_steps: float = 0.0
     log_lr_min_distance: float = 0.0
+    log_lr_min_distance_limit: float = 0.0
+    log_lr_max_ratio: float = 0.0
     ms_eps: float = 1e-12
     rms_eps: float = 1e-16
     damping: float = 0.0
@@ -118,7 +125,7 @@ class HRNNConfig:
         if not self.dynamic_output_scale:
             reads_log_lr = [
                 *("relative_log_lr", "extreme_indicator", "lr_shortcut"),
-                *("log_lr_min_steps", "log_lr_min_distance", "damping"),
+                *("log_lr_min_steps", "log_lr_min_distance", "log_lr_max_ratio", "damping"),
             ]
             reading = [f"{name}={getattr(self, name)!r}" for name in reads_log_lr if getattr(self, name)]
             if reading:
@@ -137,6 +144,17 @@ class HRNNConfig:
             raise ValueError(
                 f"log_lr_min_distance must be a share of the distance, or 0 for none, got {self.log_lr_min_distance}"
             )
+        if not 0 <= self.log_lr_min_distance_limit < math.inf:
+            raise ValueError(
+                f"log_lr_min_distance_limit must be a distance, or 0 for none, got {self.log_lr_min_distance_limit}"
+            )
+        if self.log_lr_min_distance_limit and not self.log_lr_min_distance:
+            raise ValueError(
+                f"log_lr_min_distance_limit={self.log_lr_min_distance_limit} needs log_lr_min_distance > 0: without "
+                "it no distance is measured"
+            )
+        if self.log_lr_max_ratio != 0 and not 1 <= self.log_lr_max_ratio < math.inf:
+            raise ValueError(f"log_lr_max_ratio must be a number >= 1, or 0 for none, got {self.log_lr_max_ratio}")
         for name in ("ms_eps", "rms_eps"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -122,8 +122,14 @@ def bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -
         raise ValueError(
             f"Invalid min_lr: {min_lr!r}; it is a positive learning rate below {math.exp(meta.config.log_lr_max):.3g}"
         )
-    bound = {"log_lr_min": math.log(min_lr), "log_lr_min_steps": steps, "log_lr_min_distance": distance}
-    return MetaParams(dataclasses.replace(meta.config, **bound), meta)  # type: ignore[arg-type]
+    config = dataclasses.replace(
+        meta.config,
+        log_lr_min=math.log(min_lr),
+        log_lr_min_steps=steps,
+        log_lr_min_distance=distance,
+        log_lr_min_distance_limit=meta.config.log_lr_min_distance_limit if distance else 0.0,
+    )
+    return MetaParams(config, meta)
 
 
 def _check_one(lr: Tensor) -> None:

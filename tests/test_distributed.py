@@ -40,7 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is ", "ignore:
 WORLD = 2
 TIMEOUT = 300  # seconds, of the whole program; a check that waits in vain ends after half of it
 # A bound so high that it is what counts.
-META = MetaParams.init(HRNNConfig(damping=0.5, log_lr_min_steps=1.0, log_lr_min_distance=2.0), seed=1)
+META = MetaParams.init(
+    HRNNConfig(damping=0.5, log_lr_min_steps=1.0, log_lr_min_distance=2.0, log_lr_max_ratio=1.2), seed=1
+)
 ATTENTION = MetaParams.init(HRNNConfig(attention=True), seed=1)
 BACKENDS = [
     name

@@ -47,7 +47,6 @@ def _common(call: Call, inputs: Inputs) -> dict[str, Any]:
         "begins": begins.data_ptr(),
         "products": call.products,
         "attention": call.attention,
-        "log_lr_max": call.log_lr_max,
         "ms_eps": call.ms_eps,
         "rms_eps": call.rms_eps,
         "weight_stride": 0 if inputs.weights.dim() == 1 else inputs.weights.shape[-1],
@@ -55,6 +54,7 @@ def _common(call: Call, inputs: Inputs) -> dict[str, Any]:
         "injected": inputs.injected.data_ptr(),
         "relative_to": inputs.relative_to.data_ptr(),
         "lowest": inputs.lowest.data_ptr(),
+        "highest": inputs.highest.data_ptr(),
         "grad": inputs.grad.data_ptr(),
         "threads": torch.get_num_threads(),
     }
@@ -95,7 +95,7 @@ class Kernels(flat.Kernels):
             _state(slopes),
             *_addresses(slopes.weights, slopes.injected, slopes.relative_to),
         )
-        return (slopes.weights, slopes.injected, slopes.relative_to, None, None, *slopes[flat.STATE])
+        return (slopes.weights, slopes.injected, slopes.relative_to, None, None, None, *slopes[flat.STATE])
 
 
 advance_flat = Kernels().advance_flat

@@ -48,7 +48,6 @@ class Call:
     sizes: tuple[int, ...]
     products: bool
     attention: bool
-    log_lr_max: float
     ms_eps: float
     rms_eps: float
     columns: int
@@ -60,7 +59,8 @@ class Inputs(NamedTuple):
     weights: Tensor  # [W] or [*B, W], see `Kernels.matrix_row`
     injected: Tensor  # [*B, T, 30] bias plus what higher levels add
     relative_to: Tensor  # [*B, T] mean log lr
-    lowest: Tensor  # [*B, T] lower bound of the log lr
+    lowest: Tensor  # [*B, T] bounds of the log lr
+    highest: Tensor  # [*B, T]
     grad: Tensor  # [*B, n]
     hidden: Tensor  # [*B, 10, n], like those below before the step
     accum: Tensor  # [*B, 4, n]
@@ -70,8 +70,8 @@ class Inputs(NamedTuple):
     log_lr: Tensor  # [*B, n]
 
 
-STATE = slice(5, 11)
-DECAYS = slice(8, 10)
+STATE = slice(Inputs._fields.index("hidden"), len(Inputs._fields))
+DECAYS = slice(Inputs._fields.index("grad_decay"), Inputs._fields.index("log_lr"))
 
 
 class Cotangents(NamedTuple):
@@ -121,14 +121,15 @@ class Kernels:
         segments: Segments,
         grad: Tensor,
         state: FlatState,
-        numel: Tensor | None = None,
+        relative_to: Tensor | None = None,
     ) -> Advanced:
         """Per parameter: features, parameter GRU, read-outs; per tensor: sums. See `reference.advance_flat`."""
         if not self._fused(meta, config, grad, state):
-            return reference.advance_flat(meta, config, segments, grad, state, numel)
+            return reference.advance_flat(meta, config, segments, grad, state, relative_to)
         assert state.log_lr is not None and state.log_lr_mean is not None
-        relative_to = reference.mean_log_lr(config, state.log_lr_mean, segments.lengths if numel is None else numel)
-        lowest = reference.lowest_log_lr(config, state.step, state.distance)
+        if relative_to is None:
+            relative_to = reference.mean_log_lr(config, state.log_lr_mean, segments.lengths)
+        lowest, highest = reference.log_lr_bounds(config, state.step, state.distance, state.log_lr_mean.detach())
         bias = torch.cat([meta[f"level0.{part}.bias"] for part in GATES], -1)[..., None, :]
         injected = reference.injected_bias(meta, state.tensor_hidden, state.global_hidden)
         injected = bias if injected is None else bias + injected
@@ -159,7 +160,6 @@ class Kernels:
             segments.sizes,
             config.gradient_products,
             config.attention,
-            config.log_lr_max,
             config.ms_eps,
             config.rms_eps,
             columns.count - (columns.grad is not None),
@@ -172,6 +172,7 @@ class Kernels:
             rows(injected, tensors, injected.shape[-1]),
             rows(relative_to, tensors),
             rows(lowest, tensors),
+            rows(highest, tensors),
             rows(grad, n),
             rows(state.hidden, config.hidden_size, n),
             rows(state.accum, config.timescales, n),

@@ -147,7 +147,8 @@ class Scaled:
         grad_decay, grad_decay_bias = decay("grad_decay", FIXED_GRAD_DECAY)
         scale_decay, scale_decay_bias = decay("scale_decay", FIXED_SCALE_DECAY)
         offset = values["log_step.offset"]
-        constants = ("log_lr_min", "log_lr_min_steps", "log_lr_min_distance", "log_lr_max", "ms_eps", "rms_eps")
+        bounds = ("log_lr_min", "log_lr_min_steps", "log_lr_min_distance", "log_lr_min_distance_limit", "log_lr_max")
+        constants = (*bounds, "log_lr_max_ratio", "ms_eps", "rms_eps")
         return {
             "direction": values["direction.weight"],  # [10]
             "direction_shortcut": values.get("direction.shortcut", self.zeros(4)),

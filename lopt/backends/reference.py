@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -290,20 +291,27 @@ def mean_log_lr(config: HRNNConfig, log_lr_mean: Tensor, numel: Tensor) -> Tenso
     return log_lr_mean
 
 
-def lowest_log_lr(config: HRNNConfig, step: Tensor, distance: Tensor | None) -> Tensor:
-    """Lower bound of the log lr of each tensor, [*B, T].
+def log_lr_bounds(
+    config: HRNNConfig, step: Tensor, distance: Tensor | None, log_lr_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper bound of the log lr of each tensor's parameters, [*B, T] each.
 
     Args:
         step: [*B, T] steps taken.
-        distance: [*B, T, 1 + SAMPLES]; None will do where the bound does not follow it.
+        distance: [*B, T, 1 + SAMPLES]; None will do where the lower bound does not follow it.
+        log_lr_mean: [*B, T] before the step.
     """
     lowest = torch.full_like(step, config.log_lr_min)
     if config.log_lr_min_steps:
         lowest = lowest - torch.log1p(step / config.log_lr_min_steps) / 2
     if config.log_lr_min_distance:
         assert distance is not None
-        lowest = torch.maximum(lowest, torch.log(config.log_lr_min_distance * distance[..., 0]) - torch.log1p(step) / 2)
-    return lowest
+        largest = distance[..., 0].clamp(max=config.log_lr_min_distance_limit or math.inf)
+        lowest = torch.maximum(lowest, torch.log(config.log_lr_min_distance * largest) - torch.log1p(step) / 2)
+    if not config.log_lr_max_ratio:
+        return lowest, torch.full_like(step, config.log_lr_max)
+    highest = torch.maximum(log_lr_mean + math.log(config.log_lr_max_ratio), lowest)
+    return lowest, highest.clamp(max=config.log_lr_max)
 
 
 def scaled_gradients(
@@ -383,7 +391,12 @@ class Advanced(NamedTuple):
 
 
 def advance_flat(
-    meta: Meta, config: HRNNConfig, segments: Segments, grad: Tensor, state: FlatState, numel: Tensor | None = None
+    meta: Meta,
+    config: HRNNConfig,
+    segments: Segments,
+    grad: Tensor,
+    state: FlatState,
+    relative_to: Tensor | None = None,
 ) -> Advanced:
     """Per parameter: features, parameter GRU, read-outs; per tensor: sums. Uses the old tensor and global states.
 
@@ -391,13 +404,14 @@ def advance_flat(
         meta: meta-parameters. config: their architecture. segments: the model's tensors.
         grad: [*B, n] gradient, any scale.
         state: before the step.
-        numel: [T] parameters of each whole tensor, where the segments hold shards of them.
+        relative_to: [*B, T] what each tensor's log lr is taken relative to, see `mean_log_lr`; None: that of the
+            segments, if they are whole tensors of one problem.
     """
-    numel = segments.lengths if numel is None else numel
     accum, ms, scaled = scaled_gradients(
         config, segments, grad, state.accum, state.ms, state.grad_decay, state.scale_decay
     )
-    relative_to = mean_log_lr(config, state.log_lr_mean, numel) if state.log_lr_mean is not None else None
+    if relative_to is None and state.log_lr_mean is not None:
+        relative_to = mean_log_lr(config, state.log_lr_mean, segments.lengths)
     x = features(config, segments, scaled, ms, state.log_lr, relative_to)
     injected = injected_bias(meta, state.tensor_hidden, state.global_hidden)
     hidden = gru(
@@ -415,8 +429,10 @@ def advance_flat(
     if log_lr is not None:
         log_step = log_lr + _dot(meta["log_lr.weight"], hidden) + meta["log_lr.bias"][..., None]
         # The value is clipped, the gradient passes as if it were not.
-        bound = segments.expand(lowest_log_lr(config, state.step, state.distance))
-        log_step = log_step + (log_step.clamp(bound).clamp(max=config.log_lr_max) - log_step).detach()
+        assert state.log_lr_mean is not None
+        bounds = log_lr_bounds(config, state.step, state.distance, state.log_lr_mean)
+        clipped = log_step.clamp(*map(segments.expand, bounds))
+        log_step = log_step + (clipped - log_step).detach()
         momentum = torch.sigmoid(meta["log_lr.momentum"])[..., None]
         if state.damping is not None:
             rising = momentum + (1 - segments.expand(state.damping[..., FACTOR])) * (1 - momentum)
@@ -710,7 +726,10 @@ def advance(
         damping=torch.stack(list(damping)) if damping else None,
         distance=torch.stack(list(distance)) if distance else None,
     )
-    new = advance_flat(meta, config, segments, flat_grad, state, torch.tensor(numel, device=flat_grad.device))
+    relative_to = None
+    if state.log_lr_mean is not None:
+        relative_to = mean_log_lr(config, state.log_lr_mean, torch.tensor(numel, device=flat_grad.device))
+    new = advance_flat(meta, config, segments, flat_grad, state, relative_to)
     keep = skip != 0
     kept = {"hidden": new.hidden, "accum": new.accum, "ms": new.ms}
     if is_compact:

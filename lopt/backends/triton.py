@@ -187,6 +187,8 @@ class Stages(gpu.Stages):
             DAMPED=config.damping > 0,
             LOG_LR_MIN_STEPS=config.log_lr_min_steps,
             LOG_LR_MIN_DISTANCE=config.log_lr_min_distance,
+            LOG_LR_MIN_DISTANCE_LIMIT=config.log_lr_min_distance_limit,
+            LOG_LR_MAX_RATIO=config.log_lr_max_ratio,
             COMPACT=kept.compact,
             KIND=kind,
             BLOCK=STREAM.block,

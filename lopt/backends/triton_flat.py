@@ -98,7 +98,6 @@ def options(call: Call) -> dict[str, Any]:
     return {
         "PRODUCTS": call.products,
         "ATTENTION": int(call.attention),
-        "LOG_LR_MAX": call.log_lr_max,
         "MS_EPS": call.ms_eps,
         "RMS_EPS": call.rms_eps,
     }
@@ -126,6 +125,7 @@ class Kernels(flat.Kernels):
             inputs.injected,
             inputs.relative_to,
             inputs.lowest,
+            inputs.highest,
             inputs.ms,
             inputs.relative_to if d_sums is None else d_sums,
             shared,
@@ -236,7 +236,8 @@ class Kernels(flat.Kernels):
             )
             by_tensor = self._add_groups(call, layout, groups, GATE_COLUMNS + 1, 0)
         by_weights = outer.sum(0)[_outer_index(device)]
-        return (by_weights, by_tensor[..., :GATE_COLUMNS], by_tensor[..., GATE_COLUMNS], None, None, *slopes)
+        of_tensors = by_tensor[..., :GATE_COLUMNS], by_tensor[..., GATE_COLUMNS]
+        return (by_weights, *of_tensors, None, None, None, *slopes)
 
 
 advance_flat = Kernels().advance_flat

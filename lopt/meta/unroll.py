@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,11 +162,10 @@ class Mix:
         self.weights = torch.tensor([task.weight for task in self.tasks], device=self.device)
         self.weights /= self.weights.sum()
         self._last = self.tensors.lengths.cumsum(0) - 1
-        relative: Literal["tensor"] | None = "tensor" if config.relative_log_lr else None
         levels = config.level_sizes
         if config.levels > 1:
             levels = (config.hidden_size, config.tensor_size + config.global_size)
-        self._advance_config = dataclasses.replace(config, level_sizes=levels, relative_log_lr=relative)
+        self._advance_config = dataclasses.replace(config, level_sizes=levels)
         self._numel = self.segments.lengths.to(torch.get_default_dtype())
         self.advance = choose_advance(self.device)
 
@@ -192,7 +191,7 @@ class Mix:
         Args:
             meta: meta-parameters, with a leading [R] if every row has its own. joined: `advance_meta` of them.
             theta: [R, n]. grad: [R, n].
-            state: global_hidden [R, P, H2], log_lr_mean [R, T], the rest as in `reference`.
+            state: global_hidden [R, P, H2], the rest as in `reference`.
 
         Returns:
             New theta and the point of the next gradient, [R, n] each, and the new state.
@@ -201,13 +200,13 @@ class Mix:
         tensor_hidden, global_hidden = state.tensor_hidden, state.global_hidden
         spread = None if global_hidden is None else self.tensors.expand(global_hidden.mT).mT
         view = state._replace(
-            log_lr_mean=self._relative_to(state.log_lr_mean),
             global_hidden=None,
             tensor_hidden=tensor_hidden
             if spread is None or tensor_hidden is None
             else torch.cat([tensor_hidden, spread], -1),
         )
-        new = self.advance(joined, self._advance_config, self.segments, grad, view)
+        relative_to = self._relative_to(state.log_lr_mean)
+        new = self.advance(joined, self._advance_config, self.segments, grad, view, relative_to)
         means = new.sums / self._numel.to(new.sums.dtype)[:, None]
         if tensor_hidden is not None:
             injected = None if spread is None else affine(meta, "level1.from_level2", spread)

@@ -162,7 +162,9 @@ def _announce(training: Training, folder: Path) -> None:
         if architecture.log_lr_min_steps:
             bound += f" / sqrt(1 + step / {architecture.log_lr_min_steps:.3g})"
         if architecture.log_lr_min_distance:
-            bound += f" or {architecture.log_lr_min_distance:.3g} distance / sqrt(1 + step)"
+            limit = architecture.log_lr_min_distance_limit
+            distance = f"min(distance, {limit:.3g})" if limit else "distance"
+            bound += f" or {architecture.log_lr_min_distance:.3g} {distance} / sqrt(1 + step)"
         details += [f"init_lr {own.defaults['init_lr']:g}", bound]
         details += [f"{own.state_format} state", f"backend {backend.__name__.rpartition('.')[2]}"]
     epochs = config.steps * config.batch_size / data.train_count

@@ -20,13 +20,19 @@ CONFIGS = {
     "attention_bare": HRNNConfig(attention=True, gradient_shortcut=False, gradient_products=False, damping=0.5),
     "damped": HRNNConfig(damping=0.9, damping_decay=0.8, log_lr_min=-7.0, log_lr_min_steps=2.0),
     "everything": HRNNConfig(
-        attention=True, damping=0.7, log_lr_min=-9.0, log_lr_min_steps=2.0, log_lr_min_distance=3.0
+        attention=True,
+        damping=0.7,
+        log_lr_min=-9.0,
+        log_lr_min_steps=2.0,
+        log_lr_min_distance=3.0,
+        log_lr_min_distance_limit=0.01,
+        log_lr_max_ratio=1.1,
     ),
     "distance_alone": HRNNConfig(level_sizes=(10,), log_lr_min=-9.0, log_lr_min_distance=3.0),
     "no_products": HRNNConfig(gradient_products=False),
     "no_shortcut": HRNNConfig(gradient_shortcut=False, relative_log_lr="tensor"),
     "wide": HRNNConfig(level_sizes=(10, 33, 7)),
-    "two_levels": HRNNConfig(level_sizes=(10, 20)),
+    "two_levels": HRNNConfig(level_sizes=(10, 20), log_lr_max_ratio=1.1),
     "one_level": HRNNConfig(level_sizes=(10,)),
     "fixed_decay": HRNNConfig(learnable_decay=False),
 }

@@ -29,7 +29,13 @@ CONFIGS = {
         damping_decay=0.5,
         log_lr_min_steps=2.0,
     ),
-    "far": HRNNConfig(level_sizes=(2, 3, 2), attention=True, log_lr_min_distance=0.2),
+    "far": HRNNConfig(
+        level_sizes=(2, 3, 2),
+        attention=True,
+        log_lr_min_distance=0.2,
+        log_lr_min_distance_limit=0.5,
+        log_lr_max_ratio=1.5,
+    ),
     "everything_fed": HRNNConfig(
         level_sizes=(2, 3),
         timescales=2,
@@ -144,10 +150,15 @@ def test_the_lower_bound_of_the_log_lr_follows_the_largest_distance_from_the_sta
     meta = MetaParams.init(config, dtype=torch.float64)
     shape = (2, 3, 50)  # 300 parameters, of which the samples are every 9.4th
     n, places = math.prod(shape), [index * 300 // SAMPLES for index in range(SAMPLES)]
+
+    def lowest(state: FlatState, **options: float) -> float:
+        own = dataclasses.replace(config, **options)
+        return reference.log_lr_bounds(own, state.step, state.distance, state.log_lr_mean)[0].item()
+
     np.testing.assert_array_equal(np.ravel_multi_index(tuple(sampled(shape).T), shape), places)
     segments = Segments([n])
     state = reference.init_flat_state(meta, config, segments, torch.full((n,), -1.0, dtype=torch.float64))
-    assert reference.lowest_log_lr(config, state.step, state.distance).item() == -3.0
+    assert lowest(state) == -3.0
     start = param = torch.zeros(n, dtype=torch.float64)
     grad, largest = torch.linspace(-2, 3, n, dtype=torch.float64), 0.0
     for step in range(30):
@@ -156,12 +167,32 @@ def test_the_lower_bound_of_the_log_lr_follows_the_largest_distance_from_the_sta
         largest = max(largest, away)
         assert state.distance[0, 0].item() == pytest.approx(largest)
         expected = max(-3.0 - math.log1p((step + 1) / 4) / 2, math.log(0.5 * largest) - math.log1p(step + 1) / 2)
-        assert reference.lowest_log_lr(config, state.step, state.distance).item() == pytest.approx(expected)
+        assert lowest(state) == pytest.approx(expected)
     assert away < largest and expected > -3.0 - math.log1p((step + 1) / 4) / 2
+    far, near = (lowest(state, log_lr_min_distance_limit=share * largest) for share in (1.01, 0.99))
+    assert far == expected and near == pytest.approx(expected + math.log(0.99))
     state = state._replace(log_lr=torch.full((n,), -20.0, dtype=torch.float64))  # below the bound
     new = reference.advance_flat(meta, config, segments, grad, state)
     momentum = torch.sigmoid(meta["log_lr.momentum"])
     torch.testing.assert_close(new.log_lr, (momentum * -20.0 + (1 - momentum) * expected).expand(n))
+
+
+@pytest.mark.parametrize("ratio, lowest, highest", [(0.0, -8.0, 33.0), (2.0, -8.0, 2.0), (1.0, -1.0, 1.0)])
+def test_no_log_lr_is_above_a_multiple_of_the_mean_of_its_tensor(ratio, lowest, highest):
+    config = HRNNConfig(level_sizes=(3, 4, 2), log_lr_min=lowest, log_lr_max=highest, log_lr_max_ratio=ratio)
+    meta = MetaParams.init(config, dtype=torch.float64)
+    segments, momentum = Segments(SIZES), torch.sigmoid(meta["log_lr.momentum"])
+    log_lr = torch.linspace(-6, 4, sum(SIZES), dtype=torch.float64)
+    state = reference.init_flat_state(meta, config, segments, log_lr)
+    means = segments.mean(log_lr)
+    torch.testing.assert_close(state.log_lr_mean, means)
+    bounds = reference.log_lr_bounds(config, state.step, state.distance, means)
+    expected = [min(max(mean + math.log(ratio), lowest), highest) if ratio else highest for mean in means.tolist()]
+    torch.testing.assert_close(bounds[1], torch.tensor(expected, dtype=torch.float64))
+    new = reference.advance_flat(meta, config, segments, torch.zeros_like(log_lr), state)  # which changes no log lr
+    clipped = torch.minimum(log_lr.clamp(min=lowest), segments.expand(bounds[1]))
+    torch.testing.assert_close(new.log_lr, momentum * log_lr + (1 - momentum) * clipped)
+    assert not ratio or (clipped < log_lr).any()
 
 
 def test_the_lower_bound_of_the_log_lr_falls_with_the_root_of_the_steps(generator):

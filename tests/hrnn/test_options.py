@@ -363,9 +363,8 @@ def test_a_smaller_init_lr_holds_a_falling_bound_until_it_has_fallen_as_far(plac
     params, meta = place.params(), MetaParams.init(config)
 
     def lowest(optimizer: HRNN, step: float) -> float:
-        config = optimizer.config
-        found = reference.lowest_log_lr(config, torch.tensor(step, dtype=torch.float64), None)
-        return config.log_lr_min if found is None else found.item()
+        mean = torch.zeros((), dtype=torch.float64)
+        return reference.log_lr_bounds(optimizer.config, torch.full_like(mean, step), None, mean)[0].item()
 
     own, low = place.hrnn(params, meta=meta), place.hrnn(params, meta=meta, init_lr=1e-5)
     assert lowest(low, 0) == math.log(1e-5)
@@ -415,11 +414,14 @@ def test_the_distance_is_how_far_sampled_parameters_have_come_in_any_memory_orde
 
 
 def test_a_bound_by_distance_gives_way_to_min_lr_and_not_to_a_small_init_lr(place):
-    meta = MetaParams.init(HRNNConfig(log_lr_min=math.log(1e-5), log_lr_min_distance=0.1))
+    bound = {"log_lr_min_distance": 0.1, "log_lr_min_distance_limit": 2.0}
+    meta = MetaParams.init(HRNNConfig(log_lr_min=math.log(1e-5), **bound))
     params = place.params()
     held = place.hrnn(params, meta=meta, min_lr=1e-4)
     held.step()
-    assert held.config.log_lr_min_distance == held.config.log_lr_min_steps == 0
+    assert held.config == dataclasses.replace(
+        meta.config, log_lr_min=math.log(1e-4), log_lr_min_distance=0.0, log_lr_min_distance_limit=0.0
+    )
     assert not any("distance" in state for state in held.state.values())
     tiny = place.hrnn(params, meta=meta, init_lr=1e-7)
     assert tiny.config == dataclasses.replace(meta.config, log_lr_min=math.log(1e-7))

@@ -69,7 +69,9 @@ CONFIGS = {
     "attention_without_shortcut": HRNNConfig(level_sizes=(10, 6), attention=True, gradient_shortcut=False),
     "damped": HRNNConfig(level_sizes=(10, 6), zero_init_lr_weights=False, damping=0.8, damping_decay=0.5),
     "falling_bound": HRNNConfig(zero_init_lr_weights=False, log_lr_min=-5.2, log_lr_min_steps=3.0),
-    "bound_by_distance": HRNNConfig(zero_init_lr_weights=False, log_lr_min=-5.2, log_lr_min_distance=0.1),
+    "bound_by_distance": HRNNConfig(
+        zero_init_lr_weights=False, log_lr_min=-5.2, log_lr_min_distance=0.1, log_lr_max_ratio=1.2
+    ),
     "fixed_decays": HRNNConfig(level_sizes=(10, 6), learnable_decay=False, learnable_grad_decay=False),
 }
 SIZES = {"tiny": [3, 1, 2], "mixed": [3, 50, 1, 7, 90], "one": [40], "large": [3000, 7, 5000, 1, 129, 9000]}

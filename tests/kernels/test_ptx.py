@@ -268,7 +268,7 @@ def test_what_the_machine_does_not_know_it_names(statement, reason):
 
 def train(backend: str, state_format: str) -> torch.Tensor:
     """Parameters after two steps over tensors of several chunks, of which one fills warps."""
-    config = HRNNConfig(log_lr_min=-6.0, log_lr_min_distance=0.1, damping=0.5)
+    config = HRNNConfig(log_lr_min=-6.0, log_lr_min_distance=0.1, log_lr_max_ratio=1.1, damping=0.5)
     params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (4100, 520, 5)]
     optimizer = lopt.HRNN(params, meta=MetaParams.init(config, seed=3), backend=backend, state_format=state_format)
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,9 @@ CONFIGS = {
     "last_tensor": HRNNConfig(level_sizes=(4, 5, 6), global_input="last", relative_log_lr="tensor", timescales=2),
     "attention": HRNNConfig(level_sizes=(3, 4, 2), attention=True, zero_init_lr_weights=False),
     "two_levels": HRNNConfig(level_sizes=(4, 5), damping=0.8, log_lr_min=-6.5, log_lr_min_steps=2.0),
-    "far": HRNNConfig(level_sizes=(4, 5), damping=0.8, log_lr_min_steps=2.0, log_lr_min_distance=0.01),
+    "far": HRNNConfig(
+        level_sizes=(4, 5), damping=0.8, log_lr_min_steps=2.0, log_lr_min_distance=0.01, log_lr_max_ratio=1.05
+    ),
     "one_level": HRNNConfig(level_sizes=(4,), dynamic_output_scale=False, relative_log_lr=None),
 }
 
