@@ -114,7 +114,7 @@ class HRNN(Optimizer):
         params: parameters or parameter groups, real or complex, any floating dtype; the state is float32.
         lr: factor of the learned step, a float or a tensor with one element. Leave it at 1.0; schedules scale it. Below
             0.5, learned rates rise slower too, in proportion, or they would make up for it.
-        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: hrnn-12.
+        meta: meta-parameters: `MetaParams`, a path to a file, the name of shipped weights; None: hrnn-13.
         init_lr: learning rate that every parameter starts from.
         weight_decay: decoupled, in AdamW's units: a step shrinks a tensor by lr * weight_decay * its learned rate.
         base_fan_in: the step of a tensor of more inputs, the product of its dimensions behind the first, is multiplied

@@ -27,7 +27,7 @@ from lopt.config import HRNNConfig
 from lopt.interop.tf1_names import VARIABLE_NAMES, tf_shape
 
 FORMAT = "lopt.hrnn.1"
-DEFAULT = "hrnn-12"  # of the shipped meta-parameters, for who names none
+DEFAULT = "hrnn-13"  # of the shipped meta-parameters, for who names none
 
 AFFINE_SCALE = 0.5  # standard deviation of an affine map's weights, times sqrt(fan in)
 READOUT_SCALE = 0.5

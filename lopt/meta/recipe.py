@@ -387,13 +387,15 @@ def paper_mixes() -> list[list[Task]]:
 
 
 # Epsilons so small that gradients of any scale look alike; damping; a floor of 3e-3 / sqrt(1 + step / 100) or 0.15
-# of the distance from the start / sqrt(1 + step), the larger.
+# of the distance from the start, at most 2, / sqrt(1 + step), the larger; no rate above 8 times its tensor's mean.
 SHIPPED_CONFIG = HRNNConfig(
     ms_eps=1e-24,
     rms_eps=1e-30,
     log_lr_min=math.log(3e-3),
     log_lr_min_steps=100.0,
     log_lr_min_distance=0.15,
+    log_lr_min_distance_limit=2.0,
+    log_lr_max_ratio=8.0,
     damping=0.7,
     damping_decay=0.98,
 )
@@ -454,10 +456,10 @@ DEFAULT = Recipe(
     ),
 )
 
-# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-12`.
+# From trained meta-parameters on: `lopt meta-train --recipe refine --start hrnn-13`.
 REFINE = Recipe(config=SHIPPED_CONFIG, minutes=60, validate_every=150, stages=(REFINE_STAGE,))
 
-# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-12`. On the parameter level's 749
+# For long trainings: `lopt meta-train --recipe lengthen --start hrnn-13`. On the parameter level's 749
 # meta-parameters alone evolution strategies have far less variance than on all of them.
 LENGTHEN = Recipe(
     config=SHIPPED_CONFIG,
