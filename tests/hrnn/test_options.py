@@ -429,6 +429,24 @@ def test_a_bound_by_distance_gives_way_to_min_lr_and_not_to_a_small_init_lr(plac
         place.hrnn(params, meta=meta).load_state_dict(held.state_dict())
 
 
+def test_rates_of_weights_that_no_gradient_holds_back_fall_in_the_end():
+    """A vector added to the weights of all classes leaves the loss as it was, and steps of one length do add one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(100, 64))
+    optimizer = HRNN([weight])
+    largest = []
+    for _ in range(2):
+        for _ in range(5_000):
+            inputs = torch.randn(16, 64, generator=generator).relu()
+            classes = torch.randint(100, (16,), generator=generator)  # there is nothing to be learned
+            nn.functional.cross_entropy(inputs @ weight.T, classes).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        largest.append(optimizer.state[weight]["log_lr"].max().exp().item())
+    assert weight.mean() < -1
+    assert largest[1] < 0.85 * largest[0]  # the root of the steps is 1.41 times as long
+
+
 # Weight decay
 
 
