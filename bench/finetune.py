@@ -85,12 +85,10 @@ def run(args: argparse.Namespace) -> int:
     last = min(LAST, args.steps)
     print(f"{'':<16} {f'loss, last {last} steps':>20} {'test loss':>10} {'accuracy':>9} {'ms per step':>12}")
 
-    def hrnn(params: Any) -> torch.optim.Optimizer:
-        return HRNN(params, meta=args.meta)
-
+    hrnn = functools.partial(HRNN, meta=args.meta)
     contenders: list[Contender] = [
         Contender("HRNN", hrnn, lambda step, steps: 1.0),
-        Contender("HRNN, cooldown", hrnn, lambda step, steps: cooldown(step / steps)),
+        Contender("HRNN, cooldown", functools.partial(hrnn, annealed=True), lambda step, steps: cooldown(step / steps)),
         *(Contender(f"AdamW, {rate:g}", functools.partial(torch.optim.AdamW, lr=rate), linear) for rate in args.rates),
     ]
     for contender in contenders:

@@ -34,6 +34,7 @@ from lopt.options import (
     bounded,
     check_group,
     lowered,
+    raised,
     rates_of,
     warn_of_small,
 )
@@ -52,6 +53,7 @@ from lopt.state import (
 )
 
 NONFINITE = ("skip", "raise")
+OF_THE_WHOLE = {"meta", "min_lr", "annealed", "state_format", "backend", "nonfinite"}  # options, not a group's
 ATTENDED = "attended"  # in eval mode, with attention: where gradients are wanted, as the parameters are at other times
 PLANS = 2  # of a device: parameters may take turns in having gradients
 FILE_RECORD, FILE_HEAD = 252, 750  # bytes of torch's file format per tensor and per file, about
@@ -127,7 +129,11 @@ class HRNN(Optimizer):
             None: the paper's rule.
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
             the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.15 of a tensor's
-            largest distance from its start over sqrt(1 + step).
+            largest distance from its start, but at most of 1, over sqrt(1 + step). Nor is a rate, of theirs, above 8
+            times the geometric mean of its tensor's.
+        annealed: say True where a schedule takes lr to 0 in the end, by a cooldown, linearly or as a cosine: the bound
+            by distance is then 5/3 as high, 0.25 for the shipped weights. What larger steps leave of the gradients'
+            noise goes as lr falls; with a constant lr it stays.
         maximize: climb instead of descend.
         state_format: "float32", or "compact": 40 bytes of state per parameter instead of 76, at 16 bits a number; a
             step's numbers then differ by about 1e-3 of themselves. A checkpoint of either loads into either, but for
@@ -171,6 +177,7 @@ class HRNN(Optimizer):
         base_fan_in: float | None = BASE_FAN_IN,
         base_depth: float | None = BASE_DEPTH,
         min_lr: float | None = None,
+        annealed: bool = False,
         maximize: bool = False,
         state_format: str = "float32",
         backend: str | None = None,
@@ -198,9 +205,13 @@ class HRNN(Optimizer):
             "train_mode": True,
         }
         check_group(options)
+        if annealed and min_lr is not None:
+            raise ValueError(f"min_lr={min_lr!r} is the whole bound of the learned rates: leave annealed at False")
         self.meta = MetaParams.resolve(meta)
         self.state_format = state_format
         self._mark(options)
+        if annealed:
+            self.meta = raised(self.meta)
         if min_lr is not None:
             self.meta = bounded(self.meta, min_lr, steps=0.0, distance=0.0)
         self._given = self.meta, min_lr is not None
@@ -273,7 +284,7 @@ class HRNN(Optimizer):
             ValueError: an option of the group is out of range.
         """
         if isinstance(param_group, dict):
-            if misplaced := sorted(param_group.keys() & {"meta", "min_lr", "state_format", "backend", "nonfinite"}):
+            if misplaced := sorted(param_group.keys() & OF_THE_WHOLE):
                 raise ValueError(f"{misplaced[0]} is of the whole optimizer, not of a group: pass it to HRNN")
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lopt.metaparams import MetaParams
 
 INIT_LR, BASE_FAN_IN, BASE_DEPTH = 3e-3, 40, 2  # defaults
+ANNEALED = 5 / 3  # where lr falls to 0 in the end, the bound by distance is this much higher
 LIKELY_A_LEARNING_RATE = 0.05
 
 OPTIONS = {
@@ -107,6 +108,12 @@ def lowered(meta: MetaParams, init_lr: float) -> MetaParams:
     # What falls with the root of the steps is there exp(2 * above) times later; what follows the distance starts at 0.
     later = math.exp(min(2 * (config.log_lr_min - math.log(init_lr)), 60))
     return bounded(meta, init_lr, steps=config.log_lr_min_steps * later, distance=config.log_lr_min_distance)
+
+
+def raised(meta: MetaParams) -> MetaParams:
+    """The same meta-parameters with the bound by distance that suits an lr which falls to 0 in the end."""
+    distance = ANNEALED * meta.config.log_lr_min_distance
+    return MetaParams(dataclasses.replace(meta.config, log_lr_min_distance=distance), meta)
 
 
 def bounded(meta: MetaParams, min_lr: float, *, steps: float, distance: float) -> MetaParams:

@@ -32,7 +32,7 @@ class Setting:
         lr: of the optimizer; HRNN's is a factor.
         schedule: a name of `SCHEDULES`.
         weight_decay: decoupled.
-        init_lr, base_fan_in, base_depth: HRNN's. loss_scale: the optimizer sees gradients times this.
+        init_lr, base_fan_in, base_depth, annealed: HRNN's. loss_scale: the optimizer sees gradients times this.
         weights: digest of HRNN's meta-parameters.
     """
 
@@ -43,6 +43,7 @@ class Setting:
     init_lr: float | None = None
     base_fan_in: float | None = None
     base_depth: float | None = None
+    annealed: bool | None = None
     loss_scale: float = 1.0
     weights: str | None = None
 
@@ -213,6 +214,7 @@ def _object(
             init_lr=setting.init_lr,
             base_fan_in=setting.base_fan_in,
             base_depth=setting.base_depth,
+            annealed=bool(setting.annealed),
             weight_decay=setting.weight_decay,
         )
     if setting.optimizer == "prodigy":

@@ -18,12 +18,17 @@ from lopt.options import BASE_DEPTH, BASE_FAN_IN, INIT_LR
 INIT_LRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LOSS_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of HRNN's setting
+SCHEDULED: dict[str, tuple[dict[str, Any], ...]] = {  # what varies -> changes of HRNN's setting
+    "cosine schedule": ({"schedule": "cosine"},),
+    "cosine schedule, annealed": ({"schedule": "cosine", "annealed": True},),
+    "cooldown schedule": ({"schedule": "cooldown"},),
+    "cooldown schedule, annealed": ({"schedule": "cooldown", "annealed": True},),
+}
+VARIANTS = {
     "init_lr": tuple({"init_lr": rate} for rate in INIT_LRS),
     "loss_scale": tuple({"loss_scale": scale} for scale in LOSS_SCALES),
     "weight decay 0.1": ({"weight_decay": 0.1},),
-    "cosine schedule": ({"schedule": "cosine"},),
-    "cooldown schedule": ({"schedule": "cooldown"},),
+    **SCHEDULED,
 }
 
 
@@ -125,7 +130,7 @@ SUITES = {
                 tuple(large.TASKS),
                 500,
                 ("adam", "adamw-cosine", "prodigy", "schedule-free"),
-                variants=("cosine schedule", "cooldown schedule"),
+                variants=tuple(SCHEDULED),
             ),
         ),
     ),
@@ -144,7 +149,7 @@ SUITES = {
                 ("softmax", "mlp-relu", "deep-relu", "label-noise", "autoencoder", "diabetes-mlp"),
                 steps,
                 ("adam", "adamw-cosine"),
-                variants=("cosine schedule", "cooldown schedule"),
+                variants=tuple(SCHEDULED),
             )
             for steps in (5_000, 20_000)
         ),

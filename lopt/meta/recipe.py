@@ -387,14 +387,14 @@ def paper_mixes() -> list[list[Task]]:
 
 
 # Epsilons so small that gradients of any scale look alike; damping; a floor of 3e-3 / sqrt(1 + step / 100) or 0.15
-# of the distance from the start, at most 2, / sqrt(1 + step), the larger; no rate above 8 times its tensor's mean.
+# of the distance from the start, at most 1, / sqrt(1 + step), the larger; no rate above 8 times its tensor's mean.
 SHIPPED_CONFIG = HRNNConfig(
     ms_eps=1e-24,
     rms_eps=1e-30,
     log_lr_min=math.log(3e-3),
     log_lr_min_steps=100.0,
     log_lr_min_distance=0.15,
-    log_lr_min_distance_limit=2.0,
+    log_lr_min_distance_limit=1.0,
     log_lr_max_ratio=8.0,
     damping=0.7,
     damping_decay=0.98,

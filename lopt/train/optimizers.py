@@ -22,6 +22,7 @@ def _hrnn(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         meta=config.meta,
         backend=config.backend,
+        annealed=config.schedule != "constant" and config.min_lr is None,
         **given,
     )
     # Raises here, not at the first step.

@@ -12,7 +12,8 @@ from lopt.evaluate.optimizers import OPTIMIZERS, SGD, Adam, RMSprop, ScheduleFre
 from lopt.evaluate.training import Cache, Result, Run, digest, lock_steps, train
 
 META, ATTENTIVE = MetaParams.init(), MetaParams.init(HRNNConfig(attention=True))
-WEIGHTS = {digest(meta): meta for meta in (META, ATTENTIVE)}
+FOLLOWING = MetaParams.init(HRNNConfig(log_lr_min_distance=0.5))  # a bound that binds within a few steps
+WEIGHTS = {digest(meta): meta for meta in (META, ATTENTIVE, FOLLOWING)}
 PLAIN = suites.hrnn(digest(META))
 
 
@@ -74,6 +75,7 @@ def alone(task, setting, seed, steps):
             init_lr=setting.init_lr,
             base_fan_in=setting.base_fan_in,
             base_depth=setting.base_depth,
+            annealed=bool(setting.annealed),
             weight_decay=setting.weight_decay,
         )
     else:
@@ -97,6 +99,7 @@ def alone(task, setting, seed, steps):
     [
         [PLAIN, dataclasses.replace(PLAIN, init_lr=1e-2), dataclasses.replace(PLAIN, loss_scale=1e3)],
         [dataclasses.replace(PLAIN, weight_decay=0.1), dataclasses.replace(PLAIN, schedule="cosine")],
+        [dataclasses.replace(suites.hrnn(digest(FOLLOWING)), schedule="cooldown", annealed=True)],
         [suites.hrnn(digest(ATTENTIVE)), PLAIN],
         [Setting("adamw-cosine", lr, "cosine", 0.01) for lr in (1e-3, 1e-2)],
     ],

@@ -25,9 +25,9 @@ def trained(route: str, model: Any, data: Any, folder: Path, resume: str | None 
         report_to=[],
         disable_tqdm=True,
     )
-    given: dict[str, Any] = {"optimizer_cls_and_kwargs": (HRNN, {"init_lr": 1e-2})}
+    given: dict[str, Any] = {"optimizer_cls_and_kwargs": (HRNN, {"init_lr": 1e-2, "annealed": True})}
     if route == "optimizers":
-        given = {"optimizers": (HRNN(model.parameters(), init_lr=1e-2, weight_decay=0.01), None)}
+        given = {"optimizers": (HRNN(model.parameters(), init_lr=1e-2, annealed=True, weight_decay=0.01), None)}
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("error")
         ({"base_fan_in": "40"}, "Invalid base_fan_in: '40'"),
         ({"base_depth": "2"}, "Invalid base_depth: '2'"),
         ({"min_lr": "x"}, "Invalid min_lr: 'x'"),
+        ({"min_lr": 1e-3, "annealed": True}, "min_lr=0.001 is the whole bound .* leave annealed at False"),
         ({"foreach": True}, "no foreach implementation"),
         ({"differentiable": True}, "no differentiable implementation"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore' must be one of skip, raise"),
@@ -48,7 +49,7 @@ def test_construction_refuses_what_it_cannot_do(options, message):
             HRNN(params, **options)
 
 
-@pytest.mark.parametrize("name", ["meta", "min_lr", "state_format", "backend", "nonfinite"])
+@pytest.mark.parametrize("name", ["meta", "min_lr", "annealed", "state_format", "backend", "nonfinite"])
 def test_a_group_refuses_what_is_of_the_whole_optimizer(name):
     params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
     with pytest.raises(ValueError, match=f"{name} is of the whole optimizer, not of a group"):

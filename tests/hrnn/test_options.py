@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch.optim import lr_scheduler
 from lopt import HRNN, HRNNConfig, MetaParams
 from lopt.backends import reference
 from lopt.distributed import real
-from lopt.options import INIT_LR
+from lopt.options import ANNEALED, INIT_LR
 from lopt.state import FACTOR, SAMPLES, rows, sampled
 
 from .common import FREE, METAS, assert_same, content, give_gradients, train, values
@@ -427,6 +428,34 @@ def test_a_bound_by_distance_gives_way_to_min_lr_and_not_to_a_small_init_lr(plac
     assert tiny.config == dataclasses.replace(meta.config, log_lr_min=math.log(1e-7))
     with pytest.raises(ValueError, match="lacks distance.*min_lr"):
         place.hrnn(params, meta=meta).load_state_dict(held.state_dict())
+
+
+def test_annealed_raises_the_bound_by_distance_and_leaves_the_rest(place):
+    config = HRNNConfig(log_lr_min_steps=1.0, log_lr_min_distance=4.0)  # high enough to bind from the second step on
+    higher = dataclasses.replace(config, log_lr_min_distance=ANNEALED * 4.0)
+    untrained = MetaParams.init(config, seed=1)
+
+    def trained(meta: MetaParams, **options: bool) -> HRNN:
+        optimizer = place.hrnn(place.params(), meta=meta, init_lr=0.01, **options)
+        for step in range(6):
+            if step == 3:
+                optimizer = pickle.loads(pickle.dumps(optimizer))
+            give_gradients(optimizer.param_groups[0]["params"], step)
+            optimizer.step()
+        return optimizer
+
+    plain, annealed, expected = (
+        trained(untrained),
+        trained(untrained, annealed=True),
+        trained(MetaParams(higher, untrained)),
+    )
+    assert (plain.config, annealed.config) == (config, higher)
+    groups = zip(*(each.param_groups[0]["params"] for each in (plain, annealed, expected)), strict=True)
+    for before, param, same in groups:
+        assert torch.equal(param, same) and not torch.equal(param, before)
+    plain.load_state_dict(annealed.state_dict())  # either goes on from the other's state
+    assert plain.config == config
+    assert place.hrnn(place.params(), meta=MetaParams.init(), annealed=True).config == HRNNConfig()  # no such bound
 
 
 def test_rates_of_weights_that_no_gradient_holds_back_fall_in_the_end():

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from lopt import MetaParams
+from lopt.options import ANNEALED
 from lopt.train import TrainError, checkpoint, loop, models, parallel
 from lopt.train.config import Config
 from lopt.train.data import Digits, open_data
@@ -277,6 +279,16 @@ def test_the_loss_of_an_auxiliary_classifier_counts_four_tenths(
     main, side = training.model.main.weight.grad, training.model.side.weight.grad
     assert torch.allclose(side, loop.AUXILIARY_WEIGHT * main, atol=1e-7)
     assert loop.AUXILIARY_WEIGHT == 0.4
+
+
+def test_hrnn_is_told_of_schedules_that_end_at_zero(data: Digits) -> None:
+    def share(**changes: Any) -> float:
+        return Training(replace(CONFIG, optimizer="hrnn", lr=1.0, **changes), data).optimizer.config.log_lr_min_distance
+
+    constant = share(schedule="constant")
+    assert constant == MetaParams.resolve(None).config.log_lr_min_distance > 0
+    assert share(schedule="cooldown") == share(schedule="cosine") == ANNEALED * constant
+    assert share(schedule="cooldown", min_lr=1e-3) == 0
 
 
 def test_schedules_end_at_zero_but_for_the_constant_one(data: Digits, tmp_path: Path) -> None:
