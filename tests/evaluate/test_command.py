@@ -174,9 +174,13 @@ def test_processes_that_are_killed_or_interrupted_end_at_once_and_say_so(
         return True
 
     thread = threading.Thread(target=strike)
-    thread.start()
-    code = evaluate("--jobs", "2")
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
+    try:
+        thread.start()
+        code = evaluate("--jobs", "2")
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     if signal_name == "SIGKILL":
         assert code == 2
