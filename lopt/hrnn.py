@@ -129,8 +129,8 @@ class HRNN(Optimizer):
             None: the paper's rule.
         min_lr: no learned rate falls below it; None: below what the meta-parameters say. For the shipped ones that is
             the larger of 3e-3 / sqrt(1 + step / 100), or less where a group's init_lr is, and of 0.15 of a tensor's
-            largest distance from its start, but at most of 1, over sqrt(1 + step). Nor is a rate, of theirs, above 8
-            times the geometric mean of its tensor's.
+            largest distance from its start, but at most of 1, over sqrt(1 + step). Theirs, too, is an upper bound: 8
+            times the geometric mean of a tensor's rates.
         annealed: say True where a schedule takes lr to 0 in the end, by a cooldown, linearly or as a cosine: the bound
             by distance is then 5/3 as high, 0.25 for the shipped weights. What larger steps leave of the gradients'
             noise goes as lr falls; with a constant lr it stays.

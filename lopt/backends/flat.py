@@ -129,7 +129,7 @@ class Kernels:
         assert state.log_lr is not None and state.log_lr_mean is not None
         if relative_to is None:
             relative_to = reference.mean_log_lr(config, state.log_lr_mean, segments.lengths)
-        lowest, highest = reference.log_lr_bounds(config, state.step, state.distance, state.log_lr_mean.detach())
+        lowest, highest = reference.log_lr_bounds(config, state.step, state.distance, state.log_lr_mean)
         bias = torch.cat([meta[f"level0.{part}.bias"] for part in GATES], -1)[..., None, :]
         injected = reference.injected_bias(meta, state.tensor_hidden, state.global_hidden)
         injected = bias if injected is None else bias + injected

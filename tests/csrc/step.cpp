@@ -49,7 +49,8 @@ int run() {
   weights.momentum = 0.9f, weights.ms_eps = weights.rms_eps = 1e-24f;
   for (auto& group : tensor.bias) for (float& bias : group) bias = random(-1, 1);
   for (float& keep : tensor.keep_ms) keep = 1;
-  tensor.relative_to = -6, tensor.lowest = -12, tensor.highest = 0, tensor.rising_momentum = 0.95f, tensor.keeps_all = tensor.started = true;
+  tensor.relative_to = -6, tensor.lowest = -12, tensor.highest = 0, tensor.rising_momentum = 0.95f;
+  tensor.keeps_all = tensor.started = true;
   for (int repeat = 0; repeat < 50; repeat++) {
     Io io;
     Step<Number, Variant<true, true>, Io>(weights, tensor, io).advance();
